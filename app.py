@@ -1,0 +1,711 @@
+"""Full duplex and rooms: a chat to watch, to count and to break, in one file.
+
+    python app.py            then open http://127.0.0.1:5000 in two browsers
+
+Every event from a client carries one JSON object and gets an ack: {"ok": true, ...} or {"ok": false, "error": "..."}.
+
+    event    a client sends           the ack adds                   who hears it
+    join     room, last_id?           room, members, missed, gap     the room, the joiner included
+    leave    room                                                    the room, not the leaver
+    chat     message, room?, key?     id                             the room; without a room everyone connected
+    typing   room                                                    the room, but no connection of the sender
+    invite   room, username                                          that user, on all connections
+    expel    room, username                                          that user, and the room as a `leave`
+
+Read sections 2 to 6 from top to bottom: set-up, state, users, pages, events. That is the lesson, and a beginner may stop
+there. Sections 7 and 8 are what makes it hold when a member is slow, a cable is pulled, or somebody means harm.
+"""
+
+import inspect
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from contextlib import suppress
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import distribution
+from urllib.parse import parse_qs
+
+import engineio
+import simple_websocket
+from engineio.exceptions import ContentTooLongError, EngineIOError, QueueEmpty, UnknownPacketError
+from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
+from flask_bootstrap import Bootstrap5
+from flask_login import LoginManager, UserMixin, current_user, login_required, login_user, logout_user
+from flask_socketio import SocketIO, emit, join_room, leave_room
+from limits import RateLimitItemPerMinute, storage, strategies
+from werkzeug.exceptions import HTTPException
+from werkzeug.security import check_password_hash, generate_password_hash
+from werkzeug.serving import WSGIRequestHandler, make_server
+from wsproto.frame_protocol import CloseReason, FrameProtocol
+from wsproto.utilities import ProtocolError
+
+# 2. Set-up -----------------------------------------------------------------------------------------------------------
+
+HOST, PORT = os.environ.get("HOST", "127.0.0.1"), os.environ.get("PORT", "5000")
+HISTORY = 500  # messages that a room remembers, keys that a user's
+RATE, BURST = 20, 60  # messages that a user may say in a second, and at once
+MAX_BYTES = 64 * 1024  # of one packet, one form
+
+app = Flask(__name__)
+app.config.update(
+    SECRET_KEY=os.environ.get("SECRET_KEY") or secrets.token_hex(),
+    SESSION_COOKIE_NAME=f"session-{PORT}",  # two apps on one machine do not sign each other out
+    SESSION_COOKIE_SAMESITE="Lax",
+    MAX_CONTENT_LENGTH=MAX_BYTES,
+    BOOTSTRAP_SERVE_LOCAL=True,
+    DEMO_ACCOUNTS=[],
+)
+Bootstrap5(app)
+login_manager = LoginManager(app)
+socketio = SocketIO(
+    app,
+    async_mode="threading",
+    async_handlers=False,  # the events of a connection are handled in the order in which they were sent
+    cors_allowed_origins=[],  # section 8 asks where a request comes from
+    max_http_buffer_size=MAX_BYTES,
+    ping_interval=8,  # seconds between two pings; who does not answer one
+    ping_timeout=5,  # within these is gone
+)
+
+# 3. State: who has an account, who may enter which room, who is there, what was said ---------------------------------
+
+lock = threading.RLock()  # held from the moment something changes until all who shall hear of it have been told
+news = threading.Condition(lock)  # wakes those who poll and wait
+
+
+class Refused(HTTPException):
+    """What the rules forbid: the reason, in words for a person, and the HTTP status that means the same."""
+
+    def __init__(self, reason, code, **more):
+        super().__init__(reason)
+        self.code, self.answer = code, {"ok": False, "error": reason, **more}
+
+
+def require(condition, reason, code=400, **more):
+    if not condition:
+        raise Refused(reason, code, **more)
+
+
+def text(data, name):
+    """The text that a client sent as data[name]; else Refused."""
+    value = data.get(name)
+    whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half a character is no text
+    require(whole, f'Send one JSON object in which "{name}" is text.')
+    return value
+
+
+class User(UserMixin):
+    """An account. Its token stands for it in cookies and is renewed at log-out: an old cookie opens nothing."""
+
+    def __init__(self, id, name, password_hash):
+        self.id, self.name, self.password_hash, self.token = id, name, password_hash, secrets.token_urlsafe()
+        self.said = {}  # key -> id of the message that it was sent with
+        self.allowance, self.counted_at = BURST, 0
+
+    def get_id(self):
+        return self.token
+
+    def spend(self, now):
+        """Take one message from the allowance at `now` (seconds); Refused when it is used up."""
+        self.allowance = min(BURST, self.allowance + (now - self.counted_at) * RATE)
+        self.counted_at = now
+        wait = round(max(0, 1 - self.allowance) / RATE, 3)
+        require(self.allowance >= 1, f"Slow down: {RATE} messages a second are enough.", 429, retry_after=wait)
+        self.allowance -= 1
+
+
+class State:
+    def __init__(self):
+        self.users, self.tokens = {}, {}  # name in small letters -> User, token -> User
+        self.owners = {"python": None, "flask": None, "staff": "ana"}  # room -> its owner's name
+        self.guests = defaultdict(set)  # room -> names of those invited
+        self.here = defaultdict(dict)  # room -> {connection: name}; all who are connected are in the room None
+        self.history = defaultdict(lambda: deque(maxlen=HISTORY + 1))  # room -> messages; one more, to know of gaps
+        self.started = self.last_id = int(time.time() * 1000)  # by the clock: so ids rise over a restart, too
+
+    def register(self, name, password_hash):
+        """Open an account with a room of its own; Refused if there is such a name, whatever the case."""
+        require(name.lower() not in self.users, "That name is taken.", 409)
+        user = User(len(self.users) + 1, name, password_hash)
+        self.users[name.lower()] = self.tokens[user.token] = user
+        self.owners[f"room{user.id}"] = name
+        return user
+
+    def renew(self, user):
+        """Give the user a new token and return the old one."""
+        old, user.token = user.token, secrets.token_urlsafe()
+        self.tokens[user.token] = self.tokens.pop(old)
+        return old
+
+    def may_enter(self, name, room):
+        return self.owners[room] in (None, name) or name in self.guests[room]
+
+    def guest(self, host, room, name):
+        """The name as that user writes it; Refused unless `host` owns the room and the guest is somebody else."""
+        require(self.owners.get(room) == host, "Only the owner of a room invites and expels.", 403)
+        require(name.lower() in self.users, "There is no user of that name.", 404)
+        require(name.lower() != host.lower(), "You are the owner: nobody invites or expels you.")
+        return self.users[name.lower()].name
+
+    def members(self, room):
+        """The names of those in a room, each once, sorted."""
+        return sorted(set(self.here[room].values()))
+
+    def connections(self, name, room=None):
+        """The user's connections that are in the room, by default all."""
+        return [connection for connection, owner in self.here[room].items() if owner == name]
+
+    def say(self, user, data, connection=None):
+        """Number and keep data["message"], said in data["room"] or, without a room, to all.
+
+        Returns its id and the message as those who hear it get it, or None in its place if its key was heard before.
+        """
+        key, room = data.get("key"), data.get("room")
+        require(key is None or 1 <= len(text(data, "key")) <= 64, "A key has 1 to 64 characters.")
+        if key in user.said:
+            return user.said[key], None
+        message = text(data, "message").strip()
+        require(1 <= len(message) <= 500, "A message has 1 to 500 characters.")
+        joined = room is None or connection in self.here.get(text(data, "room"), ())
+        require(joined, "Only those who have joined a room may speak in it.", 403)
+        user.spend(time.monotonic())
+        self.last_id += 1
+        said = {"id": self.last_id, "room": room, "username": user.name, "message": message}
+        said["created_at"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self.history[room].append(said)
+        if key is not None:
+            user.said[key] = said["id"]
+            if len(user.said) > HISTORY:
+                del user.said[next(iter(user.said))]
+        return said["id"], said
+
+    def since(self, room, last_id):
+        """A room's messages newer than `last_id`, oldest first, and whether some of them are no longer kept."""
+        kept = list(self.history[room])
+        gap = len(kept) > HISTORY and last_id < kept[0]["id"] or 0 < last_id < self.started
+        return [message for message in kept[-HISTORY:] if message["id"] > last_id], gap
+
+
+state = State()
+
+# 4. Users ------------------------------------------------------------------------------------------------------------
+
+hashing = threading.Lock()  # one password at a time: each takes 32 MB while it is hashed
+wrong, TEN_A_MINUTE = strategies.FixedWindowRateLimiter(storage.MemoryStorage()), RateLimitItemPerMinute(10)
+NO_HASH = generate_password_hash(secrets.token_hex())  # an unknown name takes as long as a wrong password
+
+
+@login_manager.user_loader
+def load_user(token):
+    return state.tokens.get(token)
+
+
+@login_manager.unauthorized_handler
+def sign_in_first():
+    require(request.path != "/messages", "Sign in first.", 401)
+    return redirect(url_for("login", next=request.full_path.rstrip("?")))
+
+
+def enter(user):
+    """Sign the user in and go on to `next`, if that is a path of this site."""
+    login_user(user)
+    path = request.values.get("next", "")
+    return redirect(path if re.fullmatch(r"/(?![/\\])[^\x00-\x1f\x7f]*", path) else url_for("index"))
+
+
+@app.route("/login", methods=["GET", "POST"])
+def login():
+    if request.method == "GET":
+        return render_template("login.html")
+    name, password = request.form.get("username", ""), request.form.get("password", "")
+    pair = name.lower(), request.remote_addr
+    with hashing:
+        require(wrong.test(TEN_A_MINUTE, *pair), "Ten wrong passwords for this name: wait a minute.", 429)
+        user = state.users.get(name.lower())
+        right = check_password_hash(user.password_hash if user else NO_HASH, password) and user
+        require(right or not wrong.hit(TEN_A_MINUTE, *pair), "Name or password is wrong.", 401)
+    return enter(user)
+
+
+@app.post("/register")
+def register():
+    name, password = request.form.get("username", ""), request.form.get("password", "")
+    require(re.fullmatch("[A-Za-z0-9_-]{1,20}", name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
+    require(len(password) >= 8, "A password has 8 characters or more.")
+    with hashing:
+        password_hash = generate_password_hash(password)
+    with lock:
+        return enter(state.register(name, password_hash))
+
+
+@app.post("/logout")
+@login_required
+def logout():
+    """End every session, socket and waiting poll of the user, on all devices."""
+    with lock:
+        for connection in state.connections(current_user.name):
+            socketio.server.disconnect(connection)
+        hang_up(state.renew(current_user))
+        news.notify_all()
+    logout_user()
+    return redirect(url_for("login"))
+
+
+# 5. Pages ------------------------------------------------------------------------------------------------------------
+
+
+@app.get("/")
+@login_required
+def index():
+    return render_template("index.html")
+
+
+@app.get("/room")
+@login_required
+def room_page():
+    with lock:
+        rooms = [(room, owner, state.may_enter(current_user.name, room)) for room, owner in state.owners.items()]
+    handlers = {handler.__name__: inspect.getsourcelines(handler) for handler in HANDLERS}
+    return render_template("room.html", rooms=rooms, handlers=handlers)
+
+
+@app.get("/socket.io.js")
+def socket_io_client():
+    """The browser's Socket.IO client, out of an installed package: a lecture hall may have no network."""
+    return send_file(distribution("nicegui").locate_file("nicegui/static/socket.io.min.js"), max_age=3600)
+
+
+@app.get("/messages")
+@login_required
+def messages():
+    """The open channel for those who poll: at once or, as a long poll, when there is news within `wait` seconds."""
+    try:
+        after, wait = int(request.args.get("after", 0)), float(request.args.get("wait", 0))
+    except ValueError:
+        raise Refused('"after" and "wait" are numbers.', 400) from None
+    token = current_user.token
+    with news:
+        news.wait_for(lambda: token not in state.tokens or state.since(None, after)[0], max(0, min(25, wait)))
+        found, _ = state.since(None, after)
+    require(token in state.tokens, "You have signed out.", 401)
+    return jsonify(messages=found, last_id=found[-1]["id"] if found else after)
+
+
+@app.post("/messages")
+@login_required
+def post_message():
+    """Somebody who holds no socket says something to all; those on sockets hear it like any other message."""
+    try:
+        data = request.get_json(force=True, silent=True)
+    except RecursionError:
+        data = None
+    return jsonify(id=say(data if isinstance(data, dict) else {})), 201
+
+
+@app.errorhandler(HTTPException)
+def say_why(error):
+    """What went wrong, in the form of the page: the log-in form once more, or JSON for those who poll."""
+    if request.path in ("/login", "/register"):
+        return render_template("login.html", error=error.description), error.code
+    if request.path == "/messages":
+        return getattr(error, "answer", {"ok": False, "error": error.description}), error.code
+    return error
+
+
+@app.before_request
+def own_pages_only():
+    g.nonce = secrets.token_urlsafe()
+    require(request.method != "POST" or from_here(request.environ), "This was sent from another site.", 403)
+
+
+@app.after_request
+def protect(response):
+    """Nothing runs or loads but what the templates name; no other site frames a page, no disk keeps a copy."""
+    response.headers["Content-Security-Policy"] = (
+        f"default-src 'none'; script-src 'nonce-{g.nonce}'; style-src 'self' 'nonce-{g.nonce}'; connect-src 'self'; "
+        "img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
+
+
+# 6. Events: one at a time, under the lock (read_packet in section 8 holds it) ----------------------------------------
+
+
+def channel(room):
+    """Socket.IO's name for a room. The prefix keeps it apart from connection ids, which are rooms there, too."""
+    return f"room:{room}" if room else None
+
+
+def say(data, connection=None):
+    """Number a message, keep it and let it be heard, without letting go of the lock: so all hear the same order."""
+    with lock:
+        message_id, message = state.say(current_user, data, connection)
+        if message:
+            socketio.emit("chat", message, to=channel(message["room"]))  # to=None: everyone who is connected
+            news.notify_all()
+    return message_id
+
+
+def my_room(data):
+    """The room that an event names; Refused unless this connection has joined it."""
+    room = text(data, "room")
+    require(request.sid in state.here.get(room, ()), "You are not in that room.")
+    return room
+
+
+def take_out(connection, room, reason):
+    """Take a connection out of a room. When it was the user's last one there, the room hears `leave`."""
+    name = state.here[room].pop(connection)
+    leave_room(channel(room), sid=connection, namespace="/")
+    if not state.connections(name, room):
+        left = {"room": room, "username": name, "members": state.members(room), "reason": reason}
+        emit("leave", left, to=channel(room))
+
+
+@socketio.on("connect")
+def connect(auth=None):
+    """A page opens its connection; nobody hears it. Refused: who is not signed in, or not the one the page shows."""
+    if not current_user.is_authenticated:
+        raise ConnectionRefusedError("Sign in first.")
+    name = current_user.name
+    if isinstance(auth, dict) and auth.get("username", name) != name:
+        raise ConnectionRefusedError(f"You are signed in as {name} now: load the page again.")
+    state.here[None][request.sid] = name
+    join_room(f"user:{name}")  # a private channel of all the user's connections
+    print(f"connected: {name}", flush=True)
+
+
+@socketio.on("disconnect")
+def disconnect(reason):
+    """A connection ended, politely or not. Each of its rooms hears `leave`."""
+    with lock:
+        for room in [room for room, there in state.here.items() if room and request.sid in there]:
+            take_out(request.sid, room, reason)
+        name = state.here[None].pop(request.sid)
+    print(f"disconnected: {name} ({reason})", flush=True)
+
+
+@socketio.on("join")
+def join(data):
+    """A connection enters a room. It alone hears what it missed, as ordinary `chat`; then the room hears `join`."""
+    name, room, last_id = current_user.name, text(data, "room"), data.get("last_id") or 0
+    require(type(last_id) is int and last_id >= 0, '"last_id" is the id of the last message that you heard.')
+    require(room in state.owners, "There is no room of that name.", 404)
+    require(state.may_enter(name, room), f"{room} is {state.owners[room]}'s, who has not invited you.", 403)
+    missed, gap = state.since(room, last_id)
+    for message in missed:
+        emit("chat", message)  # without `to`: to this connection alone
+    new = not state.connections(name, room)
+    state.here[room][request.sid] = name
+    join_room(channel(room))
+    if new:
+        emit("join", {"room": room, "username": name, "members": state.members(room)}, to=channel(room))
+    return {"ok": True, "room": room, "members": state.members(room), "missed": len(missed), "gap": gap}
+
+
+@socketio.on("leave")
+def leave(data):
+    """A connection leaves a room; those who stay hear it."""
+    take_out(request.sid, my_room(data), "left")
+    return {"ok": True}
+
+
+@socketio.on("chat")
+def chat(data):
+    """A member says something: the room hears it, the sender included. Without a room everyone connected does."""
+    return {"ok": True, "id": say(data, request.sid)}
+
+
+@socketio.on("typing")
+def typing(data):
+    """A member is typing: the room hears it, but none of the sender's own connections."""
+    name, room = current_user.name, my_room(data)
+    emit("typing", {"room": room, "username": name}, to=channel(room), skip_sid=state.connections(name, room))
+    return {"ok": True}
+
+
+@socketio.on("invite")
+def invite(data):
+    """The owner of a room lets somebody in, who hears it on every connection."""
+    host, room = current_user.name, text(data, "room")
+    guest = state.guest(host, room, text(data, "username"))
+    state.guests[room].add(guest)
+    emit("invite", {"room": room, "by": host}, to=f"user:{guest}")
+    return {"ok": True}
+
+
+@socketio.on("expel")
+def expel(data):
+    """The owner shows somebody the door, who hears it on every connection; the room hears `leave`."""
+    host, room = current_user.name, text(data, "room")
+    guest = state.guest(host, room, text(data, "username"))
+    state.guests[room].discard(guest)
+    emit("expel", {"room": room, "by": host}, to=f"user:{guest}")
+    for connection in state.connections(guest, room):
+        take_out(connection, room, "expelled")
+    return {"ok": True}
+
+
+HANDLERS = connect, disconnect, join, leave, chat, typing, invite, expel
+
+
+@socketio.on("*")
+def unknown(event, data):
+    """Any other event: nobody hears it."""
+    raise Refused("There is no such event. There are join, leave, chat, typing, invite and expel.", 404)
+
+
+@socketio.on_error_default
+def refuse(error):
+    """What a handler refuses becomes the ack that says why."""
+    if isinstance(error, Refused):
+        return error.answer
+    raise error
+
+
+# 7. One frame for a room ---------------------------------------------------------------------------------------------
+#
+# A broadcast is one message written many times. The library puts it into a queue for each member, and wakes a thread
+# for each, which frames it anew. Here it is framed once, and whoever sends it writes it to each member's socket. Who
+# does not keep up is cut, and comes back with `last_id`. Private names as in engineio 4.15, simple-websocket 1.1.
+
+AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0)  # where a system has none (Windows), the library's queues stay in use
+FRAMES = FrameProtocol(client=False, extensions=[])  # used under the lock
+FAREWELL = bytes(FRAMES.close(CloseReason.GOING_AWAY))
+HANDSHAKE = {"HTTP_HOST", "HTTP_UPGRADE", "HTTP_CONNECTION", "HTTP_SEC_WEBSOCKET_KEY", "HTTP_SEC_WEBSOCKET_VERSION"}
+
+
+class EnginePacket(engineio.packet.Packet):
+    @cached_property
+    def frame(self):
+        """This packet as a WebSocket frame: one, however many hear it."""
+        return bytes(FRAMES.send_data(self.encode()))
+
+    def decode(self, encoded):
+        try:
+            super().decode(encoded)
+        except (ValueError, RecursionError):
+            raise UnknownPacketError from None
+
+
+class WebSocket(simple_websocket.Server):
+    """The server's end of a WebSocket: whole frames, one writer at a time, and nobody waits for another's line."""
+
+    def __init__(self, environ, connection):
+        self.tcp, self.connection = environ["werkzeug.socket"], connection
+        self.reader, self.waiting = threading.get_ident(), deque()
+        self.tcp.settimeout(None)
+        headers = {name: environ[name] for name in HANDSHAKE & environ.keys()}  # no extensions: no deflate bomb
+        super().__init__({**headers, "werkzeug.socket": self}, max_message_size=MAX_BYTES)
+
+    def _thread(self):
+        """The library would read in a second thread. The thread that serves the request does, in `wait`."""
+
+    def send(self, frame):
+        """Write a frame now, or cut a line that cannot take it. What its reader sends waits until it reads again."""
+        with lock, suppress(OSError):
+            if self.waiting or threading.get_ident() == self.reader:
+                self.waiting.append(FRAMES.send_data(frame) if isinstance(frame, str) else frame)
+                if len(self.waiting) <= 2 * HISTORY:
+                    return
+            elif self.tcp.send(frame, AT_ONCE) == len(frame):
+                return
+        self.cut()
+
+    def wait(self):
+        """Write what waits, at the pace of this line, then read the next packet; None when there is none to come."""
+        with suppress(OSError, ProtocolError):
+            while self.connected and not self.input_buffer:
+                while self.waiting:
+                    self.tcp.sendall(self.waiting[0])
+                    with lock:
+                        self.waiting.popleft()
+                    if self.connection.last_ping:
+                        self.connection.last_ping = time.time()  # a line that takes history is slow, not silent
+                if not (received := self.tcp.recv(self.receive_bytes)):
+                    return None
+                self.ws.receive_data(received)
+                self.connected = self._handle_events()
+            packet = self.input_buffer.pop(0) if self.input_buffer else None
+            if packet == "5" and self.connection.upgrading:
+                self.connection.go_straight()
+            return packet
+
+    def end(self, farewell=b""):
+        """Write what the line still takes, and close it: whichever thread reads or writes it wakes up."""
+        with lock, suppress(OSError):
+            if threading.get_ident() == self.reader or not self.waiting:
+                self.tcp.send(b"".join(self.waiting) + farewell, AT_ONCE)
+        self.cut()
+
+    def cut(self):
+        with suppress(OSError):
+            self.tcp.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        """Not yet: the library's writer thread calls this as soon as it finds nothing to write."""
+
+
+class Connection(engineio.socket.Socket):
+    """A client's connection. Once it has a WebSocket, what is sent is not queued but written."""
+
+    websocket, straight = None, False
+
+    def send(self, packet):
+        with lock:
+            if not self.straight:
+                self.queue.put(packet)
+            elif not self.closed:
+                self.websocket.send(packet.frame)
+
+    def go_straight(self):
+        """From here on nothing is queued. What a polling client has not fetched before its upgrade goes first."""
+        with lock:
+            while AT_ONCE and not self.queue.empty():
+                self.websocket.send(self.queue.get().frame)
+            self.straight = bool(AT_ONCE)
+
+    def poll(self):
+        if self.straight:
+            raise QueueEmpty  # ends the library's writer thread: it has nothing left to do
+        return super().poll()
+
+    def close(self, wait=True, abort=False, reason=None):
+        super().close(wait=False, abort=abort, reason=reason)  # nobody waits for a client that may never fetch
+        if self.websocket:
+            self.websocket.end(b"" if abort else FAREWELL)  # a ping time-out alone would leave it open
+
+    def handle_post_request(self, environ):
+        if not re.fullmatch("[0-9]{1,5}", environ.get("CONTENT_LENGTH", "")):
+            raise ContentTooLongError  # -1 would be read for ever
+        try:
+            super().handle_post_request(environ)
+        except (KeyError, ValueError):  # no UTF-8, no payload
+            raise UnknownPacketError from None
+
+    def _upgrade_websocket(self, environ, start_response):
+        """Serve a WebSocket until it ends, in the thread of the request that asked for it."""
+        try:
+            self.websocket = WebSocket(environ, self)
+        except ProtocolError:
+            return self.server._bad_request()
+        try:
+            if not self.connected:
+                self.go_straight()
+            self._websocket_handler(self.websocket)
+        except EngineIOError:  # what is no packet
+            self.close(abort=True)
+        self.websocket.end()
+        raise ConnectionError  # tells the web server that there is nothing left to answer
+
+
+engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
+engineio.payload.Payload.max_decode_packets = MAX_BYTES  # by default more than 16 in one POST are thrown away
+
+# 8. The door: who may open a connection, decided before a byte of a body is read; what may come through it -----------
+
+
+def from_here(environ):
+    """Whether no other site's page sent this. X-Forwarded-Host is not asked: anybody can forge it."""
+    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+    if site:
+        return site in ("same-origin", "none")
+    return origin is None or origin.partition("://")[2] == environ.get("HTTP_HOST")
+
+
+def door(environ, start_response, inside=app.wsgi_app):
+    """Let a request to Socket.IO in if a signed-in user's own page sent it, and to a session only who opened it."""
+    try:
+        require("HTTP_TRANSFER_ENCODING" not in environ, "Say how long the body is.", 411)
+        if environ["PATH_INFO"].startswith("/socket.io/"):
+            require(from_here(environ), "This was sent from another site.", 403)
+            with app.request_context(environ):
+                environ["REMOTE_USER"] = token = current_user.get_id()
+            require(token, "Sign in first.", 401)
+            session = parse_qs(environ["QUERY_STRING"]).get("sid", [None])[0]
+            opened_by = socketio.server.environ.get(session, {}).get("REMOTE_USER")
+            require(session is None or opened_by == token, "This session is not yours, or has ended.", 403)
+    except Refused as refused:
+        return refused(environ, start_response)
+    return inside(environ, start_response)
+
+
+def hang_up(token):
+    """Close every connection that came in with this token, even one that never got as far as `connect`."""
+    for session, environ in list(socketio.server.environ.items()):
+        if environ.get("REMOTE_USER") == token:
+            socketio.server.eio.disconnect(session)
+
+
+class Packet(socketio.server.packet_class):
+    """A Socket.IO packet. Its event has a name that clients may use and one JSON object, whatever was sent."""
+
+    def decode(self, encoded):
+        try:
+            super().decode(encoded)
+            if self.packet_type in (5, 6):  # BINARY_EVENT, BINARY_ACK: as if there were no attachments
+                self.packet_type -= 3
+            if self.packet_type == 2:  # EVENT
+                name, *values = self.data
+                known = isinstance(name, str) and name not in ("connect", "disconnect", "*")
+                one_object = len(values) == 1 and isinstance(values[0], dict)
+                self.data = [name if known else "", values[0] if one_object else {}]
+        except RecursionError:  # thousands of lists, each in the next
+            self.packet_type, self.data = 2, ["", {}]
+        require(self.packet_type < 4, "There is no such packet.")
+
+
+def read_packet(session, data):
+    """All that clients send passes here, one packet at a time; what is none ends its connection, without a traceback."""
+    with lock:
+        if isinstance(data, str) and data and session in socketio.server.environ:  # else it came after the farewell
+            try:
+                socketio.server._handle_eio_message(session, data)
+            except Refused:
+                socketio.server.eio.disconnect(session)
+
+
+socketio.server.packet_class = Packet
+socketio.server.eio.on("message", read_packet)
+app.wsgi_app = door
+
+# 9. Run --------------------------------------------------------------------------------------------------------------
+
+
+class Handler(WSGIRequestHandler):
+    timeout = 30  # seconds that a client may take to send its request
+    disable_nagle_algorithm = True  # small frames leave at once
+
+    def run_wsgi(self):
+        super().run_wsgi()
+        self.close_connection = True  # the last frame of a WebSocket is not the next request
+
+    def log_request(self, code="-", size="-"):
+        """No access lines: the events print who comes and goes."""
+
+
+def main():
+    try:
+        listener = socket.create_server((HOST, int(PORT)), backlog=1024)
+    except (OSError, OverflowError, ValueError) as error:
+        sys.exit(f"Cannot listen on {HOST}, port {PORT}: {error}. Set PORT to another number, 5001 for example.")
+    print(f"Full duplex and rooms: open http://{HOST}:{PORT}", flush=True)
+    if re.fullmatch(r"localhost|127(\.\d+){3}", HOST):
+        app.config["DEMO_ACCOUNTS"] = ["ana", "luis", "eva"]
+        for name in app.config["DEMO_ACCOUNTS"]:
+            state.register(name, generate_password_hash("demo"))
+        print("Sign in as ana, luis or eva, password demo: two people, two browsers.", flush=True)
+    print("Stop with Ctrl+C.", flush=True)
+    make_server(HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
