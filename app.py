@@ -12,28 +12,36 @@ Every event from a client carries one JSON object and gets an ack: {"ok": true, 
     invite   room, username                                          that user, on all connections
     expel    room, username                                          that user, and the room as a `leave`
 
-Read sections 2 to 6 from top to bottom: set-up, state, users, pages, events. That is the lesson, and a beginner may stop
-there. Sections 7 and 8 are what makes it hold when a member is slow, a cable is pulled, or somebody means harm.
+Read sections 2 to 6 from top to bottom: set-up, state, users, pages, events. They are the lesson, and a beginner may
+stop there. Sections 7 and 8 are what makes it hold when a member is slow, a cable is pulled, or somebody means harm.
 """
 
-import inspect
 import os
+
+if (ASYNC_MODE := os.environ.get("ASYNC_MODE", "threading")) == "gevent":
+    from gevent import monkey
+
+    monkey.patch_all()  # before anything else is imported
+
+import errno
+import inspect
 import re
 import secrets
+import signal
 import socket
 import sys
 import threading
 import time
 from collections import defaultdict, deque
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import distribution
 from urllib.parse import parse_qs
 
 import engineio
 import simple_websocket
-from engineio.exceptions import ContentTooLongError, EngineIOError, QueueEmpty, UnknownPacketError
+from engineio.exceptions import ContentTooLongError, EngineIOError, UnknownPacketError
 from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
 from flask_bootstrap import Bootstrap5
 from flask_login import LoginManager, UserMixin, current_user, login_required, login_user, logout_user
@@ -65,7 +73,7 @@ Bootstrap5(app)
 login_manager = LoginManager(app)
 socketio = SocketIO(
     app,
-    async_mode="threading",
+    async_mode=ASYNC_MODE,
     async_handlers=False,  # the events of a connection are handled in the order in which they were sent
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
@@ -177,7 +185,7 @@ class State:
         user.spend(time.monotonic())
         self.last_id += 1
         said = {"id": self.last_id, "room": room, "username": user.name, "message": message}
-        said["created_at"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        said["created_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.history[room].append(said)
         if key is not None:
             user.said[key] = said["id"]
@@ -188,7 +196,7 @@ class State:
     def since(self, room, last_id):
         """A room's messages newer than `last_id`, oldest first, and whether some of them are no longer kept."""
         kept = list(self.history[room])
-        gap = len(kept) > HISTORY and last_id < kept[0]["id"] or 0 < last_id < self.started
+        gap = 0 < last_id < self.started or (len(kept) > HISTORY and last_id < kept[0]["id"])
         return [message for message in kept[-HISTORY:] if message["id"] > last_id], gap
 
 
@@ -473,14 +481,12 @@ def refuse(error):
 
 # 7. One frame for a room ---------------------------------------------------------------------------------------------
 #
-# A broadcast is one message written many times. The library puts it into a queue for each member, and wakes a thread
-# for each, which frames it anew. Here it is framed once, and whoever sends it writes it to each member's socket. Who
-# does not keep up is cut, and comes back with `last_id`. Private names as in engineio 4.15, simple-websocket 1.1.
+# A broadcast is one message written many times. The library puts it into a queue for each member and wakes a thread for
+# each, which frames it anew. Here it is framed once, and for each member of the room: written, by whoever sends it. Who
+# does not keep up is cut, and comes back with `last_id`. Read in engineio 4.15 and simple-websocket 1.1: `Socket`, its
+# `_upgrade_websocket`, and `_handle_events`.
 
-AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0)  # where a system has none (Windows), the library's queues stay in use
 FRAMES = FrameProtocol(client=False, extensions=[])  # used under the lock
-FAREWELL = bytes(FRAMES.close(CloseReason.GOING_AWAY))
-HANDSHAKE = {"HTTP_HOST", "HTTP_UPGRADE", "HTTP_CONNECTION", "HTTP_SEC_WEBSOCKET_KEY", "HTTP_SEC_WEBSOCKET_VERSION"}
 
 
 class EnginePacket(engineio.packet.Packet):
@@ -500,23 +506,25 @@ class WebSocket(simple_websocket.Server):
     """The server's end of a WebSocket: whole frames, one writer at a time, and nobody waits for another's line."""
 
     def __init__(self, environ, connection):
-        self.tcp, self.connection = environ["werkzeug.socket"], connection
+        self.tcp = environ.get("werkzeug.socket") or environ["wsgi.input"].raw._sock  # the latter: gevent
+        self.connection = connection
         self.reader, self.waiting = threading.get_ident(), deque()
-        self.tcp.settimeout(None)
-        headers = {name: environ[name] for name in HANDSHAKE & environ.keys()}  # no extensions: no deflate bomb
-        super().__init__({**headers, "werkzeug.socket": self}, max_message_size=MAX_BYTES)
+        no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # a bomb of 0.5 MB would inflate to 500
+        super().__init__(environ | no_deflate | {"werkzeug.socket": self}, max_message_size=MAX_BYTES)
+        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same connection, for those who cannot wait
+        self.at_once.setblocking(False)
 
     def _thread(self):
-        """The library would read in a second thread. The thread that serves the request does, in `wait`."""
+        """The library would read in a second thread: the one that serves the request does, in `wait`."""
 
     def send(self, frame):
-        """Write a frame now, or cut a line that cannot take it. What its reader sends waits until it reads again."""
+        """Write a frame at once, or cut the line. What the reading thread sends waits until it reads again."""
         with lock, suppress(OSError):
             if self.waiting or threading.get_ident() == self.reader:
-                self.waiting.append(FRAMES.send_data(frame) if isinstance(frame, str) else frame)
+                self.waiting.append(frame)
                 if len(self.waiting) <= 2 * HISTORY:
                     return
-            elif self.tcp.send(frame, AT_ONCE) == len(frame):
+            elif self.at_once.send(frame) == len(frame):
                 return
         self.cut()
 
@@ -530,58 +538,41 @@ class WebSocket(simple_websocket.Server):
                         self.waiting.popleft()
                     if self.connection.last_ping:
                         self.connection.last_ping = time.time()  # a line that takes history is slow, not silent
-                if not (received := self.tcp.recv(self.receive_bytes)):
-                    return None
-                self.ws.receive_data(received)
+                received = self.tcp.recv(self.receive_bytes)
+                self.ws.receive_data(received or None)
                 self.connected = self._handle_events()
-            packet = self.input_buffer.pop(0) if self.input_buffer else None
-            if packet == "5" and self.connection.upgrading:
-                self.connection.go_straight()
-            return packet
+        return self.input_buffer.pop(0) if self.input_buffer else None
 
-    def end(self, farewell=b""):
-        """Write what the line still takes, and close it: whichever thread reads or writes it wakes up."""
-        with lock, suppress(OSError):
-            if threading.get_ident() == self.reader or not self.waiting:
-                self.tcp.send(b"".join(self.waiting) + farewell, AT_ONCE)
+    def end(self):
+        """Say goodbye, if the line still takes it, and close: whichever thread reads or writes it wakes up."""
+        with lock:
+            with suppress(OSError):
+                if not self.waiting or threading.get_ident() == self.reader:
+                    self.at_once.send(b"".join(self.waiting) + FRAMES.close(CloseReason.GOING_AWAY))
+            self.at_once.detach()
         self.cut()
 
     def cut(self):
         with suppress(OSError):
             self.tcp.shutdown(socket.SHUT_RDWR)
 
-    def close(self):
-        """Not yet: the library's writer thread calls this as soon as it finds nothing to write."""
-
 
 class Connection(engineio.socket.Socket):
     """A client's connection. Once it has a WebSocket, what is sent is not queued but written."""
 
-    websocket, straight = None, False
+    websocket = None
 
     def send(self, packet):
         with lock:
-            if not self.straight:
+            if not self.websocket:
                 self.queue.put(packet)
             elif not self.closed:
                 self.websocket.send(packet.frame)
 
-    def go_straight(self):
-        """From here on nothing is queued. What a polling client has not fetched before its upgrade goes first."""
-        with lock:
-            while AT_ONCE and not self.queue.empty():
-                self.websocket.send(self.queue.get().frame)
-            self.straight = bool(AT_ONCE)
-
-    def poll(self):
-        if self.straight:
-            raise QueueEmpty  # ends the library's writer thread: it has nothing left to do
-        return super().poll()
-
     def close(self, wait=True, abort=False, reason=None):
         super().close(wait=False, abort=abort, reason=reason)  # nobody waits for a client that may never fetch
         if self.websocket:
-            self.websocket.end(b"" if abort else FAREWELL)  # a ping time-out alone would leave it open
+            self.websocket.end()  # a ping time-out alone would leave it open
 
     def handle_post_request(self, environ):
         if not re.fullmatch("[0-9]{1,5}", environ.get("CONTENT_LENGTH", "")):
@@ -594,17 +585,29 @@ class Connection(engineio.socket.Socket):
     def _upgrade_websocket(self, environ, start_response):
         """Serve a WebSocket until it ends, in the thread of the request that asked for it."""
         try:
-            self.websocket = WebSocket(environ, self)
+            websocket = WebSocket(environ, self)
         except ProtocolError:
             return self.server._bad_request()
-        try:
-            if not self.connected:
-                self.go_straight()
-            self._websocket_handler(self.websocket)
-        except EngineIOError:  # what is no packet
-            self.close(abort=True)
-        self.websocket.end()
-        raise ConnectionError  # tells the web server that there is nothing left to answer
+        if not self.connected or self.moves_to(websocket):
+            with lock:
+                while not self.queue.empty() and (packet := self.queue.get()):
+                    websocket.send(packet.frame)
+                self.websocket, self.connected, self.upgraded = websocket, True, True
+            with suppress(EngineIOError):  # what is no packet ends the connection
+                while not self.closed and (packet := websocket.wait()):
+                    self.receive(EnginePacket(encoded_packet=packet))
+            self.close(abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
+        websocket.end()
+        raise BrokenPipeError(errno.EPIPE, "done")  # tells the web server that there is nothing left to answer
+
+    def moves_to(self, websocket):
+        """Whether a polling client upgrades: it sends a probe, gets an answer, ends its poll, and says so."""
+        self.upgrading = websocket.wait() == "2probe"  # from here on its polls are answered with nothing
+        if self.upgrading:
+            websocket.send(EnginePacket(engineio.packet.PONG, "probe").frame)
+            self.queue.put(EnginePacket(engineio.packet.NOOP))  # for the poll that waits
+            self.upgrading = websocket.wait() == "5"
+        return self.upgrading
 
 
 engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
@@ -664,7 +667,7 @@ class Packet(socketio.server.packet_class):
 
 
 def read_packet(session, data):
-    """All that clients send passes here, one packet at a time; what is none ends its connection, without a traceback."""
+    """All that clients send passes here, one packet at a time. What is none ends its connection, not in a traceback."""
     with lock:
         if isinstance(data, str) and data and session in socketio.server.environ:  # else it came after the farewell
             try:
@@ -704,6 +707,11 @@ def main():
             state.register(name, generate_password_hash("demo"))
         print("Sign in as ana, luis or eva, password demo: two people, two browsers.", flush=True)
     print("Stop with Ctrl+C.", flush=True)
+    if ASYNC_MODE == "gevent":
+        from gevent import pywsgi, signal_handler
+
+        signal_handler(signal.SIGINT, os._exit, 0)
+        pywsgi.WSGIServer(listener, app, log=None).serve_forever()
     make_server(HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()).serve_forever()
 
 
