@@ -25,6 +25,7 @@ if (ASYNC_MODE := os.environ.get("ASYNC_MODE", "threading")) == "gevent":
 
 import errno
 import inspect
+import math
 import re
 import secrets
 import signal
@@ -123,7 +124,7 @@ class User(UserMixin):
         """Take one message from the allowance at `now` (seconds); Refused when it is used up."""
         self.allowance = min(BURST, self.allowance + (now - self.counted_at) * RATE)
         self.counted_at = now
-        wait = round(max(0, 1 - self.allowance) / RATE, 3)
+        wait = math.ceil(1000 * (1 - self.allowance) / RATE) / 1000
         require(self.allowance >= 1, f"Slow down: {RATE} messages a second are enough.", 429, retry_after=wait)
         self.allowance -= 1
 
@@ -217,7 +218,7 @@ def load_user(token):
 @login_manager.unauthorized_handler
 def sign_in_first():
     require(request.path != "/messages", "Sign in first.", 401)
-    return redirect(url_for("login", next=request.full_path.rstrip("?")))
+    return redirect(url_for("login", next=request.full_path.rstrip("?") if request.method == "GET" else None))
 
 
 def enter(user):
@@ -297,9 +298,10 @@ def messages():
         after, wait = int(request.args.get("after", 0)), float(request.args.get("wait", 0))
     except ValueError:
         raise Refused('"after" and "wait" are numbers.', 400) from None
+    require(wait >= 0, '"wait" is a number of seconds.')
     token = current_user.token
     with news:
-        news.wait_for(lambda: token not in state.tokens or state.since(None, after)[0], max(0, min(25, wait)))
+        news.wait_for(lambda: token not in state.tokens or state.since(None, after)[0], min(25, wait))
         found, _ = state.since(None, after)
     require(token in state.tokens, "You have signed out.", 401)
     return jsonify(messages=found, last_id=found[-1]["id"] if found else after)
