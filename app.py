@@ -38,6 +38,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import distribution
+from itertools import takewhile
 from urllib.parse import parse_qs
 
 import engineio
@@ -135,7 +136,7 @@ class State:
         self.owners = {"python": None, "flask": None, "staff": "ana"}  # room -> its owner's name
         self.guests = defaultdict(set)  # room -> names of those invited
         self.here = defaultdict(dict)  # room -> {connection: name}; all who are connected are in the room None
-        self.history = defaultdict(lambda: deque(maxlen=HISTORY + 1))  # room -> messages; one more, to know of gaps
+        self.history = defaultdict(lambda: deque(maxlen=HISTORY + 1))  # room -> messages, one more than is given out
         self.started = self.last_id = int(time.time() * 1000)  # by the clock: so ids rise over a restart, too
 
     def register(self, name, password_hash):
@@ -196,9 +197,8 @@ class State:
 
     def since(self, room, last_id):
         """A room's messages newer than `last_id`, oldest first, and whether some of them are no longer kept."""
-        kept = list(self.history[room])
-        gap = 0 < last_id < self.started or (len(kept) > HISTORY and last_id < kept[0]["id"])
-        return [message for message in kept[-HISTORY:] if message["id"] > last_id], gap
+        newer = [*takewhile(lambda message: message["id"] > last_id, reversed(self.history[room]))]
+        return newer[:HISTORY][::-1], len(newer) > HISTORY or 0 < last_id < self.started
 
 
 state = State()
@@ -232,8 +232,9 @@ def enter(user):
 def login():
     if request.method == "GET":
         return render_template("login.html")
-    name, password = request.form.get("username", ""), request.form.get("password", "")
-    pair = name.lower(), request.remote_addr
+    name = g.username = request.form.get("username", "")
+    password = request.form.get("password", "")
+    pair = name.lower()[:20], request.remote_addr
     with hashing:
         require(wrong.test(TEN_A_MINUTE, *pair), "Ten wrong passwords for this name: wait a minute.", 429)
         user = state.users.get(name.lower())
@@ -244,7 +245,8 @@ def login():
 
 @app.post("/register")
 def register():
-    name, password = request.form.get("username", ""), request.form.get("password", "")
+    name = g.username = request.form.get("username", "")
+    password = request.form.get("password", "")
     require(re.fullmatch("[A-Za-z0-9_-]{1,20}", name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
     require(len(password) >= 8, "A password has 8 characters or more.")
     with hashing:
@@ -533,17 +535,21 @@ class WebSocket(simple_websocket.Server):
     def wait(self):
         """Write what waits, at the pace of this line, then read the next packet; None when there is none to come."""
         with suppress(OSError, ProtocolError):
+            self.flush()
             while self.connected and not self.input_buffer:
-                while self.waiting:
-                    self.tcp.sendall(self.waiting[0])
-                    with lock:
-                        self.waiting.popleft()
-                    if self.connection.last_ping:
-                        self.connection.last_ping = time.time()  # a line that takes history is slow, not silent
                 received = self.tcp.recv(self.receive_bytes)
                 self.ws.receive_data(received or None)
                 self.connected = self._handle_events()
-        return self.input_buffer.pop(0) if self.input_buffer else None
+                self.flush()
+            return self.input_buffer.pop(0) if self.input_buffer else None
+
+    def flush(self):
+        while self.waiting:
+            self.tcp.sendall(self.waiting[0])
+            with lock:
+                self.waiting.popleft()
+            if self.connection.last_ping:
+                self.connection.last_ping = time.time()  # a line that takes history is slow, not silent
 
     def end(self):
         """Say goodbye, if the line still takes it, and close: whichever thread reads or writes it wakes up."""
@@ -572,23 +578,29 @@ class Connection(engineio.socket.Socket):
                 self.websocket.send(packet.frame)
 
     def close(self, wait=True, abort=False, reason=None):
-        super().close(wait=False, abort=abort, reason=reason)  # nobody waits for a client that may never fetch
+        with lock:
+            super().close(wait=False, abort=abort, reason=reason)  # nobody waits for a client that may never fetch
         if self.websocket:
             self.websocket.end()  # a ping time-out alone would leave it open
+
+    def receive(self, packet):
+        if self.queue.qsize() > 2 * HISTORY:
+            raise UnknownPacketError  # who does not fetch is not listened to
+        super().receive(packet)
 
     def handle_post_request(self, environ):
         if not re.fullmatch("[0-9]{1,5}", environ.get("CONTENT_LENGTH", "")):
             raise ContentTooLongError  # -1 would be read for ever
         try:
             super().handle_post_request(environ)
-        except (KeyError, ValueError):  # no UTF-8, no payload
+        except (KeyError, ValueError, OSError):  # no payload, no UTF-8, or nobody any more
             raise UnknownPacketError from None
 
     def _upgrade_websocket(self, environ, start_response):
         """Serve a WebSocket until it ends, in the thread of the request that asked for it."""
         try:
             websocket = WebSocket(environ, self)
-        except ProtocolError:
+        except (ProtocolError, UnicodeError):
             return self.server._bad_request()
         if not self.connected or self.moves_to(websocket):
             with lock:
@@ -604,12 +616,16 @@ class Connection(engineio.socket.Socket):
 
     def moves_to(self, websocket):
         """Whether a polling client upgrades: it sends a probe, gets an answer, ends its poll, and says so."""
-        self.upgrading = websocket.wait() == "2probe"  # from here on its polls are answered with nothing
-        if self.upgrading:
+        with lock:
+            if self.upgrading:
+                return False
+            self.upgrading = True  # from here on its polls are answered with nothing
+        if websocket.wait() == "2probe":
             websocket.send(EnginePacket(engineio.packet.PONG, "probe").frame)
             self.queue.put(EnginePacket(engineio.packet.NOOP))  # for the poll that waits
-            self.upgrading = websocket.wait() == "5"
-        return self.upgrading
+            self.upgraded = websocket.wait() == "5"
+        self.upgrading = False
+        return self.upgraded
 
 
 engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
@@ -635,6 +651,8 @@ def door(environ, start_response, inside=app.wsgi_app):
             with app.request_context(environ):
                 environ["REMOTE_USER"] = token = current_user.get_id()
             require(token, "Sign in first.", 401)
+            if "HTTP_UPGRADE" in environ:
+                environ["HTTP_CONNECTION"] = "Upgrade"  # not to be half asked for
             session = parse_qs(environ["QUERY_STRING"]).get("sid", [None])[0]
             opened_by = socketio.server.environ.get(session, {}).get("REMOTE_USER")
             require(session is None or opened_by == token, "This session is not yours, or has ended.", 403)
@@ -663,7 +681,7 @@ class Packet(socketio.server.packet_class):
                 known = isinstance(name, str) and name not in ("connect", "disconnect", "*")
                 one_object = len(values) == 1 and isinstance(values[0], dict)
                 self.data = [name if known else "", values[0] if one_object else {}]
-        except RecursionError:  # thousands of lists, each in the next
+        except (TypeError, ValueError, RecursionError):  # no JSON, or 10,000 lists, each in the next
             self.packet_type, self.data = 2, ["", {}]
         require(self.packet_type < 4, "There is no such packet.")
 
