@@ -300,7 +300,7 @@ def messages():
         after, wait = int(request.args.get("after", 0)), float(request.args.get("wait", 0))
     except ValueError:
         raise Refused('"after" and "wait" are numbers.', 400) from None
-    require(wait >= 0, '"wait" is a number of seconds.')
+    require(not math.isnan(wait), '"wait" is a number of seconds.')
     token = current_user.token
     with news:
         news.wait_for(lambda: token not in state.tokens or state.since(None, after)[0], min(25, wait))
@@ -708,7 +708,8 @@ class Handler(WSGIRequestHandler):
     disable_nagle_algorithm = True  # small frames leave at once
 
     def run_wsgi(self):
-        super().run_wsgi()
+        with suppress(ValueError):  # a URL that is none
+            super().run_wsgi()
         self.close_connection = True  # the last frame of a WebSocket is not the next request
 
     def log_request(self, code="-", size="-"):
