@@ -42,6 +42,7 @@ from itertools import takewhile
 from urllib.parse import parse_qs
 
 import engineio
+import segno
 import simple_websocket
 from engineio.exceptions import ContentTooLongError, EngineIOError, UnknownPacketError
 from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
@@ -716,17 +717,34 @@ class Handler(WSGIRequestHandler):
         """No access lines: the events print who comes and goes."""
 
 
+def own_address():
+    """This machine's address in the local network; asking for the way to another sends nothing there."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect(("192.0.2.1", 9))
+        return way.getsockname()[0]
+    return "127.0.0.1"
+
+
 def main():
+    sys.stdout.reconfigure(errors="replace")  # a console that cannot show a QR code shows something else
+    if not re.fullmatch("[0-9]{1,5}", PORT):
+        sys.exit(f"PORT is a number, not {PORT!r}.")
     try:
         listener = socket.create_server((HOST, int(PORT)), backlog=1024)
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, OverflowError) as error:
         sys.exit(f"Cannot listen on {HOST}, port {PORT}: {error}. Set PORT to another number, 5001 for example.")
-    print(f"Full duplex and rooms: open http://{HOST}:{PORT}", flush=True)
+    app.config["ADDRESS"] = own_address() if HOST == "0.0.0.0" else HOST
+    url = f"http://{app.config['ADDRESS']}:{PORT}"
+    print(f"Full duplex and rooms: open {url}", flush=True)
     if re.fullmatch(r"localhost|127(\.\d+){3}", HOST):
         app.config["DEMO_ACCOUNTS"] = ["ana", "luis", "eva"]
         for name in app.config["DEMO_ACCOUNTS"]:
             state.register(name, generate_password_hash("demo"))
         print("Sign in as ana, luis or eva, password demo: two people, two browsers.", flush=True)
+    else:
+        app.config["QR_CODE"] = segno.make(url)
+        app.config["QR_CODE"].terminal(compact=True)
+        print("Others can reach this address, so there are no demo accounts: everybody registers.", flush=True)
     print("Stop with Ctrl+C.", flush=True)
     if ASYNC_MODE == "gevent":
         from gevent import pywsgi, signal_handler
