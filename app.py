@@ -646,6 +646,8 @@ def from_here(environ):
 def door(environ, start_response, inside=app.wsgi_app):
     """Let a request to Socket.IO in if a signed-in user's own page sent it, and to a session only who opened it."""
     try:
+        name = environ.get("HTTP_HOST", HOST).split(":")[0]  # a name that another site had resolved to this machine?
+        require(name in app.config.get("NAMES", [name]), "That is not the name of this server.", 421)
         require("HTTP_TRANSFER_ENCODING" not in environ, "Say how long the body is.", 411)
         if environ["PATH_INFO"].startswith("/socket.io/"):
             require(from_here(environ), "This was sent from another site.", 403)
@@ -737,7 +739,7 @@ def main():
     url = f"http://{app.config['ADDRESS']}:{PORT}"
     print(f"Full duplex and rooms: open {url}", flush=True)
     if re.fullmatch(r"localhost|127(\.\d+){3}", HOST):
-        app.config["DEMO_ACCOUNTS"] = ["ana", "luis", "eva"]
+        app.config.update(NAMES=["localhost", "127.0.0.1", HOST], DEMO_ACCOUNTS=["ana", "luis", "eva"])
         for name in app.config["DEMO_ACCOUNTS"]:
             state.register(name, generate_password_hash("demo"))
         print("Sign in as ana, luis or eva, password demo: two people, two browsers.", flush=True)
