@@ -601,8 +601,10 @@ class Connection(engineio.socket.Socket):
         """Serve a WebSocket until it ends, in the thread of the request that asked for it."""
         try:
             websocket = WebSocket(environ, self)
-        except (ProtocolError, UnicodeError):
+            websocket.flush()
+        except (ProtocolError, UnicodeError, OSError):
             return self.server._bad_request()
+        time.sleep(0.01)  # simple_websocket.Client overlooks what comes in one segment with the server's "101"
         if not self.connected or self.moves_to(websocket):
             with lock:
                 while not self.queue.empty() and (packet := self.queue.get()):
