@@ -516,6 +516,8 @@ class WebSocket(simple_websocket.Server):
         self.reader, self.waiting = threading.get_ident(), deque()
         no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # a bomb of 0.5 MB would inflate to 500
         super().__init__(environ | no_deflate | {"werkzeug.socket": self}, max_message_size=MAX_BYTES)
+        self.flush()
+        time.sleep(0.01)  # the answer leaves alone: simple_websocket.Client overlooks what comes with it
         self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same connection, for those who cannot wait
         self.at_once.setblocking(False)
 
@@ -601,10 +603,8 @@ class Connection(engineio.socket.Socket):
         """Serve a WebSocket until it ends, in the thread of the request that asked for it."""
         try:
             websocket = WebSocket(environ, self)
-            websocket.flush()
         except (ProtocolError, UnicodeError, OSError):
             return self.server._bad_request()
-        time.sleep(0.01)  # simple_websocket.Client overlooks what comes in one segment with the server's "101"
         if not self.connected or self.moves_to(websocket):
             with lock:
                 while not self.queue.empty() and (packet := self.queue.get()):
