@@ -517,7 +517,7 @@ class WebSocket(simple_websocket.Server):
         no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # a bomb of 0.5 MB would inflate to 500
         super().__init__(environ | no_deflate | {"werkzeug.socket": self}, max_message_size=MAX_BYTES)
         self.flush()
-        time.sleep(0.01)  # the answer leaves alone: simple_websocket.Client overlooks what comes with it
+        time.sleep(0.02)  # the answer leaves alone: simple_websocket.Client overlooks what comes with it
         self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same connection, for those who cannot wait
         self.at_once.setblocking(False)
 
