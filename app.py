@@ -39,12 +39,13 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import distribution
 from itertools import takewhile
+from types import SimpleNamespace
 from urllib.parse import parse_qs
 
 import engineio
 import segno
 import simple_websocket
-from engineio.exceptions import ContentTooLongError, EngineIOError, UnknownPacketError
+from engineio.exceptions import EngineIOError, UnknownPacketError
 from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
 from flask_bootstrap import Bootstrap5
 from flask_login import LoginManager, UserMixin, current_user, login_required, login_user, logout_user
@@ -275,7 +276,7 @@ def logout():
 @app.get("/")
 @login_required
 def index():
-    return render_template("index.html")
+    return render_template("index.html", last_id=state.last_id)
 
 
 @app.get("/room")
@@ -587,13 +588,11 @@ class Connection(engineio.socket.Socket):
             self.websocket.end()  # a ping time-out alone would leave it open
 
     def receive(self, packet):
-        if self.queue.qsize() > 2 * HISTORY:
+        if self.queue.qsize() > 10 * HISTORY:
             raise UnknownPacketError  # who does not fetch is not listened to
         super().receive(packet)
 
     def handle_post_request(self, environ):
-        if not re.fullmatch("[0-9]{1,5}", environ.get("CONTENT_LENGTH", "")):
-            raise ContentTooLongError  # -1 would be read for ever
         try:
             super().handle_post_request(environ)
         except (KeyError, ValueError, OSError):  # no payload, no UTF-8, or nobody any more
@@ -605,17 +604,22 @@ class Connection(engineio.socket.Socket):
             websocket = WebSocket(environ, self)
         except (ProtocolError, UnicodeError, OSError):
             return self.server._bad_request()
-        if not self.connected or self.moves_to(websocket):
-            with lock:
-                while not self.queue.empty() and (packet := self.queue.get()):
-                    websocket.send(packet.frame)
-                self.websocket, self.connected, self.upgraded = websocket, True, True
-            with suppress(EngineIOError):  # what is no packet ends the connection
-                while not self.closed and (packet := websocket.wait()):
-                    self.receive(EnginePacket(encoded_packet=packet))
-            self.close(abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
-        websocket.end()
+        try:
+            if not self.connected or self.moves_to(websocket):
+                self.serve(websocket)
+        finally:
+            websocket.end()
         raise BrokenPipeError(errno.EPIPE, "done")  # tells the web server that there is nothing left to answer
+
+    def serve(self, websocket):
+        with lock:
+            while not self.queue.empty() and (packet := self.queue.get()):
+                websocket.send(packet.frame)
+            self.websocket, self.connected, self.upgraded = websocket, True, True
+        with suppress(EngineIOError):  # what is no packet ends the connection
+            while not self.closed and (packet := websocket.wait()):
+                self.receive(EnginePacket(encoded_packet=packet))
+        self.close(abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
 
     def moves_to(self, websocket):
         """Whether a polling client upgrades: it sends a probe, gets an answer, ends its poll, and says so."""
@@ -631,7 +635,10 @@ class Connection(engineio.socket.Socket):
         return self.upgraded
 
 
-engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
+if hasattr(engineio.socket.Socket, "_upgrade_websocket") and hasattr(simple_websocket.Server, "_handle_events"):
+    engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
+else:
+    print("engineio or simple-websocket has changed: each member's frame is made and queued by the library.")
 engineio.payload.Payload.max_decode_packets = MAX_BYTES  # by default more than 16 in one POST are thrown away
 
 # 8. The door: who may open a connection, decided before a byte of a body is read; what may come through it -----------
@@ -648,9 +655,10 @@ def from_here(environ):
 def door(environ, start_response, inside=app.wsgi_app):
     """Let a request to Socket.IO in if a signed-in user's own page sent it, and to a session only who opened it."""
     try:
-        name = environ.get("HTTP_HOST", HOST).split(":")[0]  # a name that another site had resolved to this machine?
+        # Another site may have had its own name resolved to this machine.
+        name = environ.get("HTTP_HOST", HOST).split(":")[0].lower()
         require(name in app.config.get("NAMES", [name]), "That is not the name of this server.", 421)
-        require("HTTP_TRANSFER_ENCODING" not in environ, "Say how long the body is.", 411)
+        sized = re.fullmatch("[0-9]{0,5}", environ.get("CONTENT_LENGTH", "")) and "HTTP_TRANSFER_ENCODING" not in environ
         if environ["PATH_INFO"].startswith("/socket.io/"):
             require(from_here(environ), "This was sent from another site.", 403)
             with app.request_context(environ):
@@ -661,6 +669,9 @@ def door(environ, start_response, inside=app.wsgi_app):
             session = parse_qs(environ["QUERY_STRING"]).get("sid", [None])[0]
             opened_by = socketio.server.environ.get(session, {}).get("REMOTE_USER")
             require(session is None or opened_by == token, "This session is not yours, or has ended.", 403)
+            if session and not sized:
+                socketio.server.eio.disconnect(session)
+        require(sized, "Say how long the body is, and send 64 KB at most.", 413)  # -1 would be read for ever
     except Refused as refused:
         return refused(environ, start_response)
     return inside(environ, start_response)
@@ -711,6 +722,12 @@ app.wsgi_app = door
 class Handler(WSGIRequestHandler):
     timeout = 30  # seconds that a client may take to send its request
     disable_nagle_algorithm = True  # small frames leave at once
+
+    def make_environ(self):
+        """What nobody has read is thrown away in small pieces: Werkzeug would take 10 MB of it at a time."""
+        environ, body = super().make_environ(), self.rfile
+        self.rfile = SimpleNamespace(read=lambda size: body.read1(MAX_BYTES), close=body.close)
+        return environ
 
     def run_wsgi(self):
         with suppress(ValueError):  # a URL that is none
