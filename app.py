@@ -658,7 +658,8 @@ def door(environ, start_response, inside=app.wsgi_app):
         # Another site may have had its own name resolved to this machine.
         name = environ.get("HTTP_HOST", HOST).split(":")[0].lower()
         require(name in app.config.get("NAMES", [name]), "That is not the name of this server.", 421)
-        sized = re.fullmatch("[0-9]{0,5}", environ.get("CONTENT_LENGTH", "")) and "HTTP_TRANSFER_ENCODING" not in environ
+        length = environ.get("CONTENT_LENGTH", "")
+        sized = re.fullmatch("[0-9]{0,5}", length) and "HTTP_TRANSFER_ENCODING" not in environ
         if environ["PATH_INFO"].startswith("/socket.io/"):
             require(from_here(environ), "This was sent from another site.", 403)
             with app.request_context(environ):
@@ -746,6 +747,23 @@ def own_address():
     return "127.0.0.1"
 
 
+def welcome():
+    """Say where the server is. Demo accounts have a password that everybody knows: only this machine gets them."""
+    address = own_address() if HOST == "0.0.0.0" else HOST
+    url = f"http://{address}:{PORT}"
+    print(f"Full duplex and rooms: open {url}")
+    if re.fullmatch(r"localhost|127(\.\d+){3}", HOST):
+        app.config.update(NAMES=["localhost", "127.0.0.1", HOST], DEMO_ACCOUNTS=["ana", "luis", "eva"])
+        for name in app.config["DEMO_ACCOUNTS"]:
+            state.register(name, generate_password_hash("demo"))
+        print("Sign in as ana, luis or eva, password demo: two people, two browsers.")
+    else:
+        app.config.update(ADDRESS=address, QR_CODE=segno.make(url))
+        app.config["QR_CODE"].terminal(compact=True)
+        print("Others can reach this address, so there are no demo accounts: everybody registers.")
+    print("Stop with Ctrl+C.", flush=True)
+
+
 def main():
     sys.stdout.reconfigure(errors="replace")  # a console that cannot show a QR code shows something else
     if not re.fullmatch("[0-9]{1,5}", PORT):
@@ -754,19 +772,7 @@ def main():
         listener = socket.create_server((HOST, int(PORT)), backlog=1024)
     except (OSError, OverflowError) as error:
         sys.exit(f"Cannot listen on {HOST}, port {PORT}: {error}. Set PORT to another number, 5001 for example.")
-    app.config["ADDRESS"] = own_address() if HOST == "0.0.0.0" else HOST
-    url = f"http://{app.config['ADDRESS']}:{PORT}"
-    print(f"Full duplex and rooms: open {url}", flush=True)
-    if re.fullmatch(r"localhost|127(\.\d+){3}", HOST):
-        app.config.update(NAMES=["localhost", "127.0.0.1", HOST], DEMO_ACCOUNTS=["ana", "luis", "eva"])
-        for name in app.config["DEMO_ACCOUNTS"]:
-            state.register(name, generate_password_hash("demo"))
-        print("Sign in as ana, luis or eva, password demo: two people, two browsers.", flush=True)
-    else:
-        app.config["QR_CODE"] = segno.make(url)
-        app.config["QR_CODE"].terminal(compact=True)
-        print("Others can reach this address, so there are no demo accounts: everybody registers.", flush=True)
-    print("Stop with Ctrl+C.", flush=True)
+    welcome()
     if ASYNC_MODE == "gevent":
         from gevent import pywsgi, signal_handler
 
