@@ -49,7 +49,7 @@ from engineio.exceptions import EngineIOError, UnknownPacketError
 from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
 from flask_bootstrap import Bootstrap5
 from flask_login import LoginManager, UserMixin, current_user, login_required, login_user, logout_user
-from flask_socketio import SocketIO, emit, join_room, leave_room
+from flask_socketio import ConnectionRefusedError, SocketIO, emit, join_room, leave_room
 from limits import RateLimitItemPerMinute, storage, strategies
 from werkzeug.exceptions import HTTPException
 from werkzeug.security import check_password_hash, generate_password_hash
@@ -511,10 +511,9 @@ class EnginePacket(engineio.packet.Packet):
 class WebSocket(simple_websocket.Server):
     """The server's end of a WebSocket: whole frames, one writer at a time, and nobody waits for another's line."""
 
-    def __init__(self, environ, connection):
+    def __init__(self, environ):
         self.tcp = environ.get("werkzeug.socket") or environ["wsgi.input"].raw._sock  # the latter: gevent
-        self.connection = connection
-        self.reader, self.waiting = threading.get_ident(), deque()
+        self.reader, self.waiting, self.busy_until = threading.get_ident(), deque(), 0
         no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # a bomb of 0.5 MB would inflate to 500
         super().__init__(environ | no_deflate | {"werkzeug.socket": self}, max_message_size=MAX_BYTES)
         self.flush()
@@ -549,18 +548,19 @@ class WebSocket(simple_websocket.Server):
 
     def flush(self):
         while self.waiting:
-            self.tcp.sendall(self.waiting[0])
+            self.tcp.sendall(frame := self.waiting[0])
             with lock:
                 self.waiting.popleft()
-            if self.connection.last_ping:
-                self.connection.last_ping = time.time()  # a line that takes history is slow, not silent
+            now = time.time()  # 10 KB a second are slow, but not silent: history may take its time
+            self.busy_until = min(now + 30, max(now, self.busy_until) + len(frame) / 10_000)
 
     def end(self):
         """Say goodbye, if the line still takes it, and close: whichever thread reads or writes it wakes up."""
         with lock:
             with suppress(OSError):
                 if not self.waiting or threading.get_ident() == self.reader:
-                    self.at_once.send(b"".join(self.waiting) + FRAMES.close(CloseReason.GOING_AWAY))
+                    farewell = FRAMES.close(CloseReason.GOING_AWAY) if self.connected else b""
+                    self.at_once.send(b"".join(self.waiting) + farewell)
             self.at_once.detach()
         self.cut()
 
@@ -587,6 +587,9 @@ class Connection(engineio.socket.Socket):
         if self.websocket:
             self.websocket.end()  # a ping time-out alone would leave it open
 
+    def check_ping_timeout(self):
+        return (self.websocket and time.time() < self.websocket.busy_until) or super().check_ping_timeout()
+
     def receive(self, packet):
         if self.queue.qsize() > 10 * HISTORY:
             raise UnknownPacketError  # who does not fetch is not listened to
@@ -601,7 +604,7 @@ class Connection(engineio.socket.Socket):
     def _upgrade_websocket(self, environ, start_response):
         """Serve a WebSocket until it ends, in the thread of the request that asked for it."""
         try:
-            websocket = WebSocket(environ, self)
+            websocket = WebSocket(environ)
         except (ProtocolError, UnicodeError, OSError):
             return self.server._bad_request()
         try:
