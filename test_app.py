@@ -1164,6 +1164,8 @@ def fort():
 @pytest.fixture
 def inside():
     """A server in this process, to look into. Its connections hold little."""
+    for name in ("_send_packet", "_send_eio_packet"):  # SocketIOTestClient leaves its own there
+        vars(program.socketio.server).pop(name, None)
     server = program.make_server(ME, 0, program.app, threaded=True, request_handler=program.Handler)
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     server.url = f"http://{ME}:{server.port}"
