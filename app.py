@@ -490,7 +490,7 @@ def refuse(error):
 # A broadcast is one message written many times. The library puts it into a queue for each member and wakes a thread for
 # each, which frames it anew. Here it is framed once, and for each member of the room: written, by whoever sends it. Who
 # does not keep up is cut, and comes back with `last_id`. Read in engineio 4.15 and simple-websocket 1.1: `Socket`, its
-# `_upgrade_websocket`, and `_handle_events`.
+# `_upgrade_websocket`, the server's `_service_task`, and `_handle_events`.
 
 FRAMES = FrameProtocol(client=False, extensions=[])  # used under the lock
 
@@ -506,6 +506,9 @@ class EnginePacket(engineio.packet.Packet):
             super().decode(encoded)
         except (ValueError, RecursionError):
             raise UnknownPacketError from None
+
+
+PING, NOOP = EnginePacket(engineio.packet.PING), EnginePacket(engineio.packet.NOOP)
 
 
 class WebSocket(simple_websocket.Server):
@@ -526,14 +529,16 @@ class WebSocket(simple_websocket.Server):
 
     def send(self, frame):
         """Write a frame at once, or cut the line. What the reading thread sends waits until it reads again."""
-        with lock, suppress(OSError):
+        try:
             if self.waiting or threading.get_ident() == self.reader:
                 self.waiting.append(frame)
-                if len(self.waiting) <= 2 * HISTORY:
-                    return
-            elif self.at_once.send(frame) == len(frame):
-                return
-        self.cut()
+                fits = len(self.waiting) <= 2 * HISTORY
+            else:
+                fits = self.at_once.send(frame) == len(frame)
+        except OSError:
+            fits = False
+        if not fits:
+            self.cut()
 
     def wait(self):
         """Write what waits, at the pace of this line, then read the next packet; None when there is none to come."""
@@ -587,8 +592,19 @@ class Connection(engineio.socket.Socket):
         if self.websocket:
             self.websocket.end()  # a ping time-out alone would leave it open
 
-    def check_ping_timeout(self):
-        return (self.websocket and time.time() < self.websocket.busy_until) or super().check_ping_timeout()
+    def schedule_ping(self):
+        """An answer to a ping, or the first packet: `heartbeat` pings again in a while."""
+        if self.last_ping:
+            self.last_ping, self.ping_at = None, time.time() + self.server.ping_interval
+
+    def beat(self, now):
+        if self.closed:
+            self.server.sockets.pop(self.sid, None)
+        elif not self.last_ping and now > self.ping_at:
+            self.last_ping = now
+            self.send(PING)
+        elif not self.websocket or now > self.websocket.busy_until:
+            self.check_ping_timeout()
 
     def receive(self, packet):
         if self.queue.qsize() > 10 * HISTORY:
@@ -632,14 +648,24 @@ class Connection(engineio.socket.Socket):
             self.upgrading = True  # from here on its polls are answered with nothing
         if websocket.wait() == "2probe":
             websocket.send(EnginePacket(engineio.packet.PONG, "probe").frame)
-            self.queue.put(EnginePacket(engineio.packet.NOOP))  # for the poll that waits
+            self.queue.put(NOOP)  # for the poll that waits
             self.upgraded = websocket.wait() == "5"
         self.upgrading = False
         return self.upgraded
 
 
+def heartbeat():
+    """Once a second, for all connections: one thread, where the library has one for each that waits to ping."""
+    while True:
+        socketio.sleep(1)
+        for connection in [*socketio.server.eio.sockets.values()]:
+            with lock:
+                connection.beat(time.time())
+
+
 if hasattr(engineio.socket.Socket, "_upgrade_websocket") and hasattr(simple_websocket.Server, "_handle_events"):
     engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
+    socketio.server.eio._service_task = heartbeat
 else:
     print("engineio or simple-websocket has changed: each member's frame is made and queued by the library.")
 engineio.payload.Payload.max_decode_packets = MAX_BYTES  # by default more than 16 in one POST are thrown away
