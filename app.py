@@ -768,6 +768,23 @@ class Handler(WSGIRequestHandler):
         """No access lines: the events print who comes and goes."""
 
 
+def serve_with_gevent(listener):
+    from gevent import pywsgi, signal_handler
+
+    class GeventHandler(pywsgi.WSGIHandler):
+        def handle(self):
+            self.socket.settimeout(Handler.timeout)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with suppress(OSError):  # nobody any more
+                super().handle()
+
+        def _handle_client_error(self, error):
+            return super()._handle_client_error(ValueError(error))  # of any other kind it prints a traceback
+
+    signal_handler(signal.SIGINT, os._exit, 0)
+    pywsgi.WSGIServer(listener, app, log=None, error_log=None, handler_class=GeventHandler).serve_forever()
+
+
 def own_address():
     """This machine's address in the local network; asking for the way to another sends nothing there."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
@@ -803,10 +820,7 @@ def main():
         sys.exit(f"Cannot listen on {HOST}, port {PORT}: {error}. Set PORT to another number, 5001 for example.")
     welcome()
     if ASYNC_MODE == "gevent":
-        from gevent import pywsgi, signal_handler
-
-        signal_handler(signal.SIGINT, os._exit, 0)
-        pywsgi.WSGIServer(listener, app, log=None).serve_forever()
+        serve_with_gevent(listener)
     make_server(HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()).serve_forever()
 
 

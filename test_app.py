@@ -1152,10 +1152,13 @@ def log_of(server, name="eva"):
     return chats(wire.until("430"))
 
 
-@pytest.fixture(scope="module")
-def fort():
-    """One server for all tests here that measure nothing."""
-    server = Server()
+MODES = pytest.mark.parametrize("mode", ["threading", "gevent"])
+
+
+@pytest.fixture(scope="module", params=["threading", "gevent"])
+def fort(request):
+    """One server of each kind for all tests here that measure nothing."""
+    server = Server(ASYNC_MODE=request.param)
     yield server
     assert not server.said("Traceback")
     server.stop()
@@ -1190,8 +1193,9 @@ def siege(fort, connect):
 # Delivery ------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_lost_doubled_or_swapped_while_all_connections_are_cut_again_and_again(fresh):
-    relay, done = Relay(fresh().port), threading.Event()
+@MODES
+def test_nothing_is_lost_doubled_or_swapped_while_all_connections_are_cut_again_and_again(fresh, mode):
+    relay, done = Relay(fresh(ASYNC_MODE=mode).port), threading.Event()
     sender = Stubborn(relay, "ana", None)
     everybody = [sender, Stubborn(relay, "luis", ["websocket"]), Stubborn(relay, "eva", ["polling"])]
     threading.Thread(target=lambda: [relay.cut() for _ in iter(lambda: done.wait(1.5), True)]).start()
@@ -1411,8 +1415,9 @@ def test_a_message_too_large_or_compressed_ends_its_connection(fort, first, payl
 # Flood ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_flood_is_refused_over_the_rate_and_what_is_acked_is_heard_in_order(fresh):
-    server = fresh()
+@MODES
+def test_a_flood_is_refused_over_the_rate_and_what_is_acked_is_heard_in_order(fresh, mode):
+    server = fresh(ASYNC_MODE=mode)
     stalled = Wire(server, sign_in(server.url, "luis"), buffer=4096).enter("python")
     eva, ana = (Wire(server, sign_in(server.url, name)).enter("python") for name in ("eva", "ana"))
     memory, threads, heard = server.usage.memory_info().rss, server.usage.num_threads(), []
@@ -1442,8 +1447,9 @@ def test_who_stops_reading_is_cut_at_once_not_queued_for(inside):
 # Silence -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_silent_the_hasty_and_the_rude_leave_no_thread_and_no_descriptor(fresh):
-    server = fresh()
+@MODES
+def test_the_silent_the_hasty_and_the_rude_leave_no_thread_and_no_descriptor(fresh, mode):
+    server = fresh(ASYNC_MODE=mode)
     luis, eva, relay = sign_in(server.url, "luis"), sign_in(server.url, "eva"), Relay(server.port)
     Wire(server, eva).enter().send("1")  # starts the library's thread that looks for the silent
     until(lambda: server.said("disconnected: eva"))
@@ -1526,8 +1532,9 @@ def test_any_unicode_arrives_as_it_was_sent(fort, text):
     assert luis.hear(1)[0]["message"] == chats(eva.until('42["chat"'))[0]["message"] == text
 
 
-def test_who_reads_slowly_gets_all_of_the_history_and_holds_up_nobody(fresh):
-    server = fresh()
+@MODES
+def test_who_reads_slowly_gets_all_of_the_history_and_holds_up_nobody(fresh, mode):
+    server = fresh(ASYNC_MODE=mode)
     members = crowd(server, 9)
     [thread.join() for thread in talk(members, 56, DUCK * 490)]
     slow = Wire(server, sign_in(server.url, "luis"), buffer=4096).enter()
@@ -1540,6 +1547,36 @@ def test_who_reads_slowly_gets_all_of_the_history_and_holds_up_nobody(fresh):
         time.sleep(0.002)
     assert json.loads(packets[-1][3:])[0]["missed"] == 500
     assert (chats(packets) + slow.hear(8))[-500:] == log_of(server)
+
+
+def test_a_connection_takes_one_thread_and_is_pinged(fresh):
+    server, wires = fresh(), []
+    eva = sign_in(server.url, "eva")
+    for _ in range(2):
+        threads = server.usage.num_threads()
+        wires += [Wire(server, eva).enter() for _ in range(20)]
+    assert server.usage.num_threads() == threads + 20
+    assert all(wire.until("2") for wire in wires)
+
+
+def test_three_hundred_wait_in_long_polls_without_a_thread_and_all_hear_at_once(fresh):
+    server = fresh(ASYNC_MODE="gevent")
+    ana, eva = sign_in(server.url, "ana"), Wire(server, sign_in(server.url, "eva")).enter()
+    last_id = ana.post(f"{server.url}/messages", json={"message": "before"}).json()["id"]
+    cookie = "; ".join(f"{name}={value}" for name, value in ana.cookies.items())
+    ask = f"GET /messages?after={last_id}&wait=25 HTTP/1.1\r\nHost: {ME}\r\nCookie: {cookie}\r\n\r\n"
+    waiting = [socket.create_connection((ME, server.port), timeout=20) for _ in range(300)]
+    for tcp in waiting:
+        tcp.sendall(ask.encode())
+    until(lambda: server.usage.num_fds() >= 300)
+    threads = server.usage.num_threads()
+    eva.send('420["chat",{"message":"now"}]')
+    for tcp in waiting:
+        answer = b""
+        while b'"now"' not in answer:
+            answer += tcp.recv(65536) or pytest.fail(f"closed after {answer}")
+        assert answer.startswith(b"HTTP/1.1 200") and b'"before"' not in answer
+    assert threads < 10 and [said["message"] for said in eva.hear(2)] == ["before", "now"]
 
 
 # The libraries -------------------------------------------------------------------------------------------------------
