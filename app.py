@@ -769,7 +769,7 @@ class Handler(WSGIRequestHandler):
 
 
 def serve_with_gevent(listener):
-    from gevent import pywsgi, signal_handler
+    from gevent import pywsgi
 
     class GeventHandler(pywsgi.WSGIHandler):
         def handle(self):
@@ -781,7 +781,6 @@ def serve_with_gevent(listener):
         def _handle_client_error(self, error):
             return super()._handle_client_error(ValueError(error))  # of any other kind it prints a traceback
 
-    signal_handler(signal.SIGINT, os._exit, 0)
     pywsgi.WSGIServer(listener, app, log=None, error_log=None, handler_class=GeventHandler).serve_forever()
 
 
@@ -819,6 +818,7 @@ def main():
     except (OSError, OverflowError) as error:
         sys.exit(f"Cannot listen on {HOST}, port {PORT}: {error}. Set PORT to another number, 5001 for example.")
     welcome()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, whoever is connected
     if ASYNC_MODE == "gevent":
         serve_with_gevent(listener)
     make_server(HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()).serve_forever()

@@ -47,7 +47,7 @@ def until(condition, seconds=20):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return value
 
 
@@ -176,6 +176,7 @@ def server():
     server = Server()
     yield server
     server.stop()
+    comings_and_goings(server)
 
 
 @pytest.fixture
@@ -223,11 +224,11 @@ def browser(chromium):
     contexts = []
 
     def open_page(server, name, path="/", **options):
-        contexts.append(chromium.new_context(**options))
-        page = contexts[-1].new_page()
-        page.goto(f"{server.url}/login?next={path}")
-        page.get_by_role("button", name=f"Sign in as {name}").click()
-        page.wait_for_url(f"**{path}")
+        contexts.append(context := chromium.new_context(**options))
+        cookies = sign_in(server.url, name).cookies.items()
+        context.add_cookies([{"name": key, "value": value, "url": server.url} for key, value in cookies])
+        page = context.new_page()
+        page.goto(server.url + path)
         return page
 
     yield open_page
@@ -853,8 +854,9 @@ def test_a_port_that_cannot_be_had_gets_one_clear_line(server, port):
     assert port in run.stdout and "PORT" in run.stdout
 
 
-def test_ctrl_c_stops_the_program_quietly_also_when_somebody_is_connected(fresh, connect):
-    server = fresh()
+@pytest.mark.parametrize("mode", ["threading", "gevent"])
+def test_ctrl_c_stops_the_program_quietly_also_when_somebody_is_connected(fresh, connect, mode):
+    server = fresh(ASYNC_MODE=mode)
     people = connect(server, "ana", transports=["websocket"]), connect(server, "luis", transports=["polling"])
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(timeout=20) in (0, -signal.SIGINT)
@@ -969,10 +971,6 @@ def test_after_a_restart_nobody_is_taken_for_somebody_else(fresh):
     server.start()
     after = [sign_in(server.url, "ana"), register(server.url, "max")]  # who has zoe's number and room now
     assert [session.get(f"{server.url}/messages").status_code for session in before + after] == [401, 401, 200, 200]
-
-
-def test_the_server_never_stumbled(server):
-    assert len(comings_and_goings(server)) > 20
 
 
 ME, DUCK = "127.0.0.1", "\N{DUCK}"
@@ -1121,8 +1119,8 @@ def chats(packets):
 
 def crowd(server, size, room="python"):
     """So many new users, each with a WebSocket in the room: all may say 60 messages at once."""
-    names = [f"guest{os.urandom(4).hex()}" for _ in range(size)]
-    return [Wire(server, register(server.url, name)).enter(room) for name in names]
+    sessions = [register(server.url, f"guest{os.urandom(4).hex()}") for _ in range(size)]
+    return [Wire(server, session).enter(room) for session in sessions]
 
 
 def talk(wires, each, words, pause=0.0):
@@ -1153,15 +1151,16 @@ def log_of(server, name="eva"):
 
 
 MODES = pytest.mark.parametrize("mode", ["threading", "gevent"])
+BOTH = pytest.mark.parametrize("fort", ["threading", "gevent"], indirect=True)
 
 
-@pytest.fixture(scope="module", params=["threading", "gevent"])
+@pytest.fixture(scope="module")
 def fort(request):
-    """One server of each kind for all tests here that measure nothing."""
-    server = Server(ASYNC_MODE=request.param)
+    """One server for all tests here that measure nothing; one of each kind for those under BOTH."""
+    server = Server(ASYNC_MODE=getattr(request, "param", "threading"))
     yield server
-    assert not server.said("Traceback")
     server.stop()
+    assert not server.said("Traceback")
 
 
 @pytest.fixture
@@ -1269,6 +1268,7 @@ def test_what_is_no_packet_ends_at_most_the_connection_that_sent_it(siege, first
         Polls(siege, siege.attacker, connect=False).send(*first, packet)
 
 
+@BOTH
 def test_frames_against_the_protocol_end_the_connection(siege):
     for frame in FRAMES:
         wire = Wire(siege, siege.attacker).enter("python")
@@ -1297,6 +1297,7 @@ BODIES = [b"", b"{", b"[]", b"null", b"\xff", DEEP.encode(), b'{"message":' + DE
           b'{"message":"x","key":[]}', b'{"message":"x","room":{}}', b"x" * 70_000]
 
 
+@BOTH
 def test_hostile_requests_get_an_answer_or_none_but_leave_no_mark(siege):
     cookie = "; ".join(f"{name}={value}" for name, value in siege.attacker.cookies.items())
     posts = [f"POST {path} HTTP/1.1\r\nCookie: {cookie}\r\n{header}\r\n\r\n5\r\nab\xff\0=\r\n".encode("latin-1")
@@ -1317,6 +1318,7 @@ def test_hostile_requests_get_an_answer_or_none_but_leave_no_mark(siege):
         assert siege.attacker.post(f"{siege.url}/messages", data=body).status_code in (400, 403, 413)
 
 
+@BOTH
 def test_a_polling_session_serves_only_who_opened_it(siege):
     victim, mine = siege.victims[1].eio, Polls(siege, siege.attacker)
     for query in ("sid=SID", "sid=&sid=SID", f"sid=SID&sid={mine.sid}", "EIO=3&sid=SID", "j=0&sid=SID"):
@@ -1326,6 +1328,7 @@ def test_a_polling_session_serves_only_who_opened_it(siege):
         assert Wire(siege, siege.attacker, f"&{query}").status == 403
 
 
+@BOTH
 def test_of_several_upgrades_of_one_session_at_most_one_succeeds(siege):
     polls = Polls(siege, siege.attacker)
     wires = [Wire(siege, siege.attacker, f"&sid={polls.sid}") for _ in range(5)]
@@ -1345,6 +1348,7 @@ def test_an_upgrade_that_begins_wrongly_leaves_the_session_on_polling(siege, pac
     polls.until("430")
 
 
+@BOTH
 def test_twenty_packets_in_one_polling_post_are_all_delivered(fort):
     eva, polls = Wire(fort, sign_in(fort.url, "eva")).enter("python"), Polls(fort, register(fort.url, "twenty"))
     polls.send('420["join",{"room":"python"}]')
@@ -1363,6 +1367,7 @@ STRANGERS = [({"Cookie": ""}, 401), ({"Cookie": "session=x"}, 401), (EVIL, 403),
              ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Transfer-Encoding": "chunked"}, 413)]
 
 
+@BOTH
 @pytest.mark.parametrize("headers, status", STRANGERS, ids=str)
 def test_strangers_and_other_sites_get_no_connection(fort, headers, status):
     session, url = sign_in(fort.url, "luis"), f"{fort.url}/socket.io/?EIO=4&transport=polling"
@@ -1373,6 +1378,7 @@ def test_strangers_and_other_sites_get_no_connection(fort, headers, status):
 LENGTH_LIES = ["Content-Length: -1", "Content-Length: 10000000000", "Transfer-Encoding: chunked"]
 
 
+@BOTH
 @pytest.mark.parametrize("kind", ["fragments", "one frame", "bomb", *LENGTH_LIES])
 def test_what_strangers_pour_in_fills_no_memory(fort, kind):
     sign_in(fort.url, "ana")  # hashing a password for the first time takes memory, too
@@ -1401,6 +1407,7 @@ TOO_LARGE = {"over 64 KB": (0x80, b"4" * 70_000), "in fragments": (0, b"4" * 40_
              "compressed": (0xC0, zlib.compress(bytes(10**7), wbits=-15))}
 
 
+@BOTH
 @pytest.mark.parametrize("first, payload", TOO_LARGE.values(), ids=TOO_LARGE)
 def test_a_message_too_large_or_compressed_ends_its_connection(fort, first, payload):
     wires = [Wire(fort, sign_in(fort.url, "luis")).enter("python") for _ in range(3)]
@@ -1447,9 +1454,8 @@ def test_who_stops_reading_is_cut_at_once_not_queued_for(inside):
 # Silence -------------------------------------------------------------------------------------------------------------
 
 
-@MODES
-def test_the_silent_the_hasty_and_the_rude_leave_no_thread_and_no_descriptor(fresh, mode):
-    server = fresh(ASYNC_MODE=mode)
+def test_the_silent_the_hasty_and_the_rude_leave_no_thread_and_no_descriptor(fresh):
+    server = fresh()
     luis, eva, relay = sign_in(server.url, "luis"), sign_in(server.url, "eva"), Relay(server.port)
     Wire(server, eva).enter().send("1")  # starts the library's thread that looks for the silent
     until(lambda: server.said("disconnected: eva"))
@@ -1471,6 +1477,7 @@ def test_the_silent_the_hasty_and_the_rude_leave_no_thread_and_no_descriptor(fre
 # One frame for a room ------------------------------------------------------------------------------------------------
 
 
+@BOTH
 def test_joining_in_a_storm_misses_nothing_doubles_nothing_and_hears_in_order(fort):
     wire, heard = Wire(fort, sign_in(fort.url, "luis")).enter("python"), []
     storm = talk(crowd(fort, 5), 60, "hail", 0.01)
@@ -1488,6 +1495,7 @@ def test_joining_in_a_storm_misses_nothing_doubles_nothing_and_hears_in_order(fo
     assert heard + wire.hear(len(whole) - len(heard)) == whole
 
 
+@BOTH
 def test_an_upgrade_in_a_storm_misses_nothing_and_doubles_nothing(fort):
     luis = sign_in(fort.url, "luis")
     storm, results = talk(crowd(fort, 5), 60, "snow", 0.01), []
@@ -1536,7 +1544,7 @@ def test_any_unicode_arrives_as_it_was_sent(fort, text):
 def test_who_reads_slowly_gets_all_of_the_history_and_holds_up_nobody(fresh, mode):
     server = fresh(ASYNC_MODE=mode)
     members = crowd(server, 9)
-    [thread.join() for thread in talk(members, 56, DUCK * 490)]
+    [thread.join() for thread in talk(members, 56, DUCK * 490, 0.02)]
     slow = Wire(server, sign_in(server.url, "luis"), buffer=4096).enter()
     slow.send('420["join",{"room":"python"}]')
     members[0].until('42["join",{"room":"python","username":"luis"')
@@ -1892,8 +1900,9 @@ def conversation(page):
 
 
 def said(page):
-    """The messages that the page shows in the room, in order, but not those that wait."""
-    return page.locator(".talk[aria-current=true] [data-id] .message").all_inner_texts()
+    """The last messages that the page shows in the room, in order, but not those that wait."""
+    rows = page.locator(".talk[aria-current=true] [data-id] .message")
+    return rows.evaluate_all("rows => rows.slice(-150).map(row => row.textContent)")
 
 
 def wait_until_said(page, *messages):
@@ -2241,19 +2250,19 @@ def test_a_page_whose_user_has_changed_is_told_to_load_again(server, browser):
 # Everyone ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
-def test_axe_finds_nothing_on_any_page_and_nothing_scrolls_sideways(server, browser, width, colours):
-    page = browser(server, "ana", viewport={"width": width, "height": 800}, color_scheme=colours, reduced_motion="reduce")
-    for path in ("/login", "/room?room=room1", "/"):
-        page.goto(server.url + path)
-        if path != "/login":
-            page.get_by_label("Message").fill("hello")
-            page.get_by_role("button", name="Send", exact=True).click()
-            page.get_by_text("hello").first.wait_for()
+@pytest.mark.parametrize("path", ["/login", "/room?room=room1", "/"])
+def test_axe_finds_nothing_on_any_page_and_nothing_scrolls_sideways(server, browser, path):
+    page = browser(server, "ana", path, reduced_motion="reduce")
+    if path != "/login":
+        page.get_by_label("Message").fill("hello")
+        page.get_by_role("button", name="Send", exact=True).click()
+        page.get_by_text("hello").first.wait_for()
+    for width, colours in ((1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=colours)
         found = Axe().run(page).response["violations"]
-        assert not [(path, rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found]
-        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), path
+        assert not [(width, colours, rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found]
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width
 
 
 def test_a_message_is_sent_by_keyboard_alone(server, browser):
@@ -2331,7 +2340,7 @@ def test_a_notebook_is_committed_as_one_run_from_top_to_bottom_made_it(path):
     assert not any("execution" in cell.metadata for cell in notebook.cells)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [NOTEBOOKS[0], NOTEBOOKS[-1]], ids=lambda path: path.stem)
 @pytest.mark.parametrize("accident", ["1 / 0", "import os; os._exit(1)"])
 def test_the_server_ends_with_the_notebook_that_started_it_however_that_ends(path, accident):
     notebook = nbformat.read(path, 4)
