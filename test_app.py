@@ -37,7 +37,8 @@ from playwright.sync_api import expect, sync_playwright
 import app as program
 
 HERE = Path(program.__file__).parent
-BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome", "msedge", "microsoft-edge")
+BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome",
+            "msedge", "microsoft-edge")
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()
 
