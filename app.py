@@ -598,6 +598,7 @@ class Connection(engineio.socket.Socket):
             self.last_ping, self.ping_at = None, time.time() + self.server.ping_interval
 
     def beat(self, now):
+        """Ping the client when it is time to; end the connection when the last ping was not answered in time."""
         if self.closed:
             self.server.sockets.pop(self.sid, None)
         elif not self.last_ping and now > self.ping_at:
@@ -769,6 +770,7 @@ class Handler(WSGIRequestHandler):
 
 
 def serve_with_gevent(listener):
+    """The same on gevent: a request, a connection or a poll that waits takes no thread, all take turns in one."""
     from gevent import pywsgi
 
     class GeventHandler(pywsgi.WSGIHandler):
