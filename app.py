@@ -529,14 +529,15 @@ class WebSocket(simple_websocket.Server):
 
     def send(self, frame):
         """Write a frame at once, or cut the line. What the reading thread sends waits until it reads again."""
-        try:
-            if self.waiting or threading.get_ident() == self.reader:
-                self.waiting.append(frame)
-                fits = len(self.waiting) <= 2 * HISTORY
-            else:
-                fits = self.at_once.send(frame) == len(frame)
-        except OSError:
-            fits = False
+        with lock:
+            try:
+                if self.waiting or threading.get_ident() == self.reader:
+                    self.waiting.append(frame)
+                    fits = len(self.waiting) <= 2 * HISTORY
+                else:
+                    fits = self.at_once.send(frame) == len(frame)
+            except OSError:
+                fits = False
         if not fits:
             self.cut()
 
@@ -648,7 +649,8 @@ class Connection(engineio.socket.Socket):
                 return False
             self.upgrading = True  # from here on its polls are answered with nothing
         if websocket.wait() == "2probe":
-            websocket.send(EnginePacket(engineio.packet.PONG, "probe").frame)
+            with lock:
+                websocket.send(EnginePacket(engineio.packet.PONG, "probe").frame)
             self.queue.put(NOOP)  # for the poll that waits
             self.upgraded = websocket.wait() == "5"
         self.upgrading = False
