@@ -1378,6 +1378,13 @@ def test_strangers_and_other_sites_get_no_connection(fort, headers, status):
     assert (requests if "Cookie" in headers else session).get(url, headers=headers).status_code == status
 
 
+@BOTH
+def test_half_a_handshake_is_refused(fort):
+    session = sign_in(fort.url, "luis")
+    for headers in ({"Sec-WebSocket-Key": None}, {"Sec-WebSocket-Version": "7"}, {"Sec-WebSocket-Version": None}):
+        assert Wire(fort, session, **headers).status == 400
+
+
 LENGTH_LIES = ["Content-Length: -1", "Content-Length: 10000000000", "Transfer-Encoding: chunked"]
 
 
