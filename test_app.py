@@ -1199,12 +1199,12 @@ def test_nothing_is_lost_doubled_or_swapped_while_all_connections_are_cut_again_
     sender = Stubborn(relay, "ana", None)
     everybody = [sender, Stubborn(relay, "luis", ["websocket"]), Stubborn(relay, "eva", ["polling"])]
     threading.Thread(target=lambda: [relay.cut() for _ in iter(lambda: done.wait(1.5), True)]).start()
-    for number in range(200):
+    for number in range(120):
         until(lambda: sender.say(str(number)))
     done.set()
     for client in everybody:
-        until(lambda: len(client.heard) >= 200)
-        assert [said["message"] for said in client.heard] == [str(number) for number in range(200)]
+        until(lambda: len(client.heard) >= 120)
+        assert [said["message"] for said in client.heard] == [str(number) for number in range(120)]
         client.disconnect()
 
 
@@ -1541,13 +1541,13 @@ def test_frames_of_every_size_arrive_whole(size):
 TEXTS = [DUCK * 500, "\u202eשלום\u2028\u2029\ufeff", "a\0b", "\x7f\x85\ufffe\U0010ffff", "<b>&amp;\"'\\\x1e!"]
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=range(5))
-def test_any_unicode_arrives_as_it_was_sent(fort, text):
+def test_any_unicode_arrives_as_it_was_sent(fort):
     luis, eva = Wire(fort, sign_in(fort.url, "luis")).enter("flask"), Polls(fort, sign_in(fort.url, "eva"))
     eva.send('420["join",{"room":"flask"}]')
     eva.until("430")
-    luis.send("420" + json.dumps(["chat", {"room": "flask", "message": text}], ensure_ascii=False))
-    assert luis.hear(1)[0]["message"] == chats(eva.until('42["chat"'))[0]["message"] == text
+    for text in TEXTS:
+        luis.send("420" + json.dumps(["chat", {"room": "flask", "message": text}], ensure_ascii=False))
+        assert luis.hear(1)[0]["message"] == chats(eva.until('42["chat"'))[0]["message"] == text
 
 
 @MODES
@@ -2349,8 +2349,8 @@ def test_a_notebook_is_committed_as_one_run_from_top_to_bottom_made_it(path):
     assert not any("execution" in cell.metadata for cell in notebook.cells)
 
 
-@pytest.mark.parametrize("path", [NOTEBOOKS[0], NOTEBOOKS[-1]], ids=lambda path: path.stem)
-@pytest.mark.parametrize("accident", ["1 / 0", "import os; os._exit(1)"])
+@pytest.mark.parametrize("path, accident", [(NOTEBOOKS[0], "1 / 0"), (NOTEBOOKS[-1], "import os; os._exit(1)")],
+                         ids=["an error", "a crash"])
 def test_the_server_ends_with_the_notebook_that_started_it_however_that_ends(path, accident):
     notebook = nbformat.read(path, 4)
     start = next(i for i, cell in enumerate(notebook.cells) if "app.py" in cell.source and cell.cell_type == "code")
