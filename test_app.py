@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -39,6 +40,7 @@ import app as program
 HERE = Path(program.__file__).parent
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome",
             "msedge", "microsoft-edge")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()
 
@@ -139,18 +141,20 @@ class Relay:
                 end.close()
 
 
-def sign_in(url, name, password="demo"):
+def sign_in(url, name, password="demo", form="login"):
     session = requests.Session()
-    answer = session.post(f"{url}/login", data={"username": name, "password": password}, allow_redirects=False)
+    answer = session.post(f"{url}/{form}", data={"username": name, "password": password}, allow_redirects=False)
     assert answer.status_code == 302, answer.text
     return session
 
 
-def register(url, name, password="password"):
-    session = requests.Session()
-    answer = session.post(f"{url}/register", data={"username": name, "password": password}, allow_redirects=False)
-    assert answer.status_code == 302, answer.text
-    return session
+def register(url, name):
+    return sign_in(url, name, "password", "register")
+
+
+def cookie_of(session):
+    """The session's cookies as a header says them."""
+    return "; ".join(f"{name}={value}" for name, value in session.cookies.items())
 
 
 class Client(socketio.Client):
@@ -207,33 +211,38 @@ def connect():
         client.disconnect()
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not path:
-        assert "CI" not in os.environ, "no browser"
-        pytest.skip("no Chromium, Chrome or Edge on this machine")
+@contextmanager
+def launched():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
         yield browser
         browser.close()
 
 
+def open_page(chromium, server, name, path="/", **options):
+    """A page of a browser of its own, signed in."""
+    context = chromium.new_context(**options)
+    cookies = sign_in(server.url, name).cookies.items()
+    context.add_cookies([{"name": key, "value": value, "url": server.url} for key, value in cookies])
+    page = context.new_page()
+    page.goto(server.url + path)
+    return page
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    if not BROWSER:
+        assert "CI" not in os.environ, "no browser"
+        pytest.skip("no Chromium, Chrome or Edge on this machine")
+    with launched() as browser:
+        yield browser
+
+
 @pytest.fixture
 def browser(chromium):
-    """browser(server_or_relay, "ana", "/room"): a page of a browser of its own, signed in."""
-    contexts = []
-
-    def open_page(server, name, path="/", **options):
-        contexts.append(context := chromium.new_context(**options))
-        cookies = sign_in(server.url, name).cookies.items()
-        context.add_cookies([{"name": key, "value": value, "url": server.url} for key, value in cookies])
-        page = context.new_page()
-        page.goto(server.url + path)
-        return page
-
-    yield open_page
-    for context in contexts:
+    """browser(server_or_relay, "ana", "/room"): a page as `open_page` makes it, closed after the test."""
+    yield partial(open_page, chromium)
+    for context in chromium.contexts:
         context.close()
 
 
@@ -821,6 +830,9 @@ def test_only_who_is_signed_in_connects_and_only_as_himself(state, online, name,
 
 # `python app.py`, over TCP -------------------------------------------------------------------------------------------
 
+ASYNC_MODES = ["threading", "gevent"]
+MODES = pytest.mark.parametrize("mode", ASYNC_MODES)
+BOTH = pytest.mark.parametrize("fort", ASYNC_MODES, indirect=True)
 TRANSPORTS = pytest.mark.parametrize("transports", [["websocket"], ["polling"], ["polling", "websocket"]], ids="+".join)
 
 
@@ -855,7 +867,7 @@ def test_a_port_that_cannot_be_had_gets_one_clear_line(server, port):
     assert port in run.stdout and "PORT" in run.stdout
 
 
-@pytest.mark.parametrize("mode", ["threading", "gevent"])
+@MODES
 def test_ctrl_c_stops_the_program_quietly_also_when_somebody_is_connected(fresh, connect, mode):
     server = fresh(ASYNC_MODE=mode)
     people = connect(server, "ana", transports=["websocket"]), connect(server, "luis", transports=["polling"])
@@ -994,7 +1006,7 @@ class Wire:
         self.tcp.settimeout(20)
         self.tcp.connect((ME, server.port))
         self.file = self.tcp.makefile("rb")
-        cookie = "; ".join(f"{name}={value}" for name, value in session.cookies.items()) if session else ""
+        cookie = cookie_of(session) if session else ""
         headers = {"Host": f"{ME}:{server.port}", "Cookie": cookie, "Connection": "Upgrade", "Upgrade": "websocket",
                    "Sec-WebSocket-Key": "MDEyMzQ1Njc4OTAxMjM0NQ==", "Sec-WebSocket-Version": "13"} | headers
         lines = [f"GET /socket.io/?EIO=4&transport=websocket{query} HTTP/1.1"]
@@ -1151,10 +1163,6 @@ def log_of(server, name="eva"):
     return chats(wire.until("430"))
 
 
-MODES = pytest.mark.parametrize("mode", ["threading", "gevent"])
-BOTH = pytest.mark.parametrize("fort", ["threading", "gevent"], indirect=True)
-
-
 @pytest.fixture(scope="module")
 def fort(request):
     """One server for all tests here that measure nothing; one of each kind for those under BOTH."""
@@ -1300,7 +1308,7 @@ BODIES = [b"", b"{", b"[]", b"null", b"\xff", DEEP.encode(), b'{"message":' + DE
 
 @BOTH
 def test_hostile_requests_get_an_answer_or_none_but_leave_no_mark(siege):
-    cookie = "; ".join(f"{name}={value}" for name, value in siege.attacker.cookies.items())
+    cookie = cookie_of(siege.attacker)
     posts = [f"POST {path} HTTP/1.1\r\nCookie: {cookie}\r\n{header}\r\n\r\n5\r\nab\xff\0=\r\n".encode("latin-1")
              for path in PATHS for header in HEADERS]
     for request in REQUESTS + posts:
@@ -1580,8 +1588,7 @@ def test_three_hundred_wait_in_long_polls_without_a_thread_and_all_hear_at_once(
     server = fresh(ASYNC_MODE="gevent")
     ana, eva = sign_in(server.url, "ana"), Wire(server, sign_in(server.url, "eva")).enter()
     last_id = ana.post(f"{server.url}/messages", json={"message": "before"}).json()["id"]
-    cookie = "; ".join(f"{name}={value}" for name, value in ana.cookies.items())
-    ask = f"GET /messages?after={last_id}&wait=25 HTTP/1.1\r\nHost: {ME}\r\nCookie: {cookie}\r\n\r\n"
+    ask = f"GET /messages?after={last_id}&wait=25 HTTP/1.1\r\nHost: {ME}\r\nCookie: {cookie_of(ana)}\r\n\r\n"
     waiting = [socket.create_connection((ME, server.port), timeout=20) for _ in range(300)]
     for tcp in waiting:
         tcp.sendall(ask.encode())
@@ -1622,13 +1629,17 @@ def figure(page, name, figure):
     return int(lane(page, name).locator(f"dd[data-figure={figure}]").inner_text() or 0)
 
 
+def rows(page, name):
+    """What a lane shows, oldest first: a message and its delay in each row."""
+    return [row.split("\t") for row in reversed(lane(page, name).get_by_role("row").all_inner_texts())]
+
+
 def shown(page, name):
-    """What a lane shows, oldest first."""
-    return [row.split("\t")[0] for row in reversed(lane(page, name).get_by_role("row").all_inner_texts())]
+    return [row[0] for row in rows(page, name)]
 
 
 def delays(page, name):
-    return [row.split("\t")[1] for row in reversed(lane(page, name).get_by_role("row").all_inner_texts())]
+    return [row[1] for row in rows(page, name)]
 
 
 def say(page, text, button="Send"):
@@ -1931,6 +1942,14 @@ def wire(page):
     return page.get_by_role("list", name="The wire")
 
 
+def luis_is_gone(ana, luis, reason):
+    """The room says so, and he hears nothing of it any more."""
+    expect(conversation(ana)).to_contain_text(f"luis is gone: {reason}")
+    send(ana, "Among ourselves")
+    wait_until_said(ana, "Among ourselves")
+    expect(wire(luis)).not_to_contain_text("ourselves")
+
+
 def test_two_talk_in_a_room_and_a_third_who_has_not_joined_it_hears_nothing(server, browser):
     ana, luis, eva = (browser(server, name, "/room") for name in ("ana", "luis", "eva"))
     join(ana), join(luis), join(eva, "flask")
@@ -1968,10 +1987,7 @@ def test_the_page_shows_who_comes_who_is_there_and_who_goes(server, browser):
     expect(conversation(ana)).to_contain_text("luis joined")
     luis.get_by_role("button", name="Leave python").click()
     expect(members).not_to_contain_text("luis")
-    expect(conversation(ana)).to_contain_text("luis is gone: left")
-    send(ana, "He is gone.")
-    wait_until_said(ana, "He is gone.")
-    expect(wire(luis)).not_to_contain_text("He is gone.")
+    luis_is_gone(ana, luis, "left")
 
 
 def test_the_page_shows_for_a_while_who_is_typing(server, browser):
@@ -2006,7 +2022,7 @@ def test_a_refusal_is_shown_in_words_and_what_came_after_is_sent(server, browser
     page = browser(server, "ana", "/room?room=python")
     send(page, "x" * 501, "This one fits.")
     expect(conversation(page)).to_contain_text("A message has 1 to 500 characters.")
-    until(lambda: said(page)[-1:] == ["This one fits."])
+    wait_until_said(page, "This one fits.")
     page.get_by_role("button", name="Join room2").click()
     expect(page.get_by_role("alert")).to_have_text("room2 is luis's, who has not invited you.")
 
@@ -2082,10 +2098,7 @@ def test_who_is_expelled_is_out_at_once_and_told_so(fresh, browser):
     expect(luis.get_by_role("alert")).to_have_text("ana has expelled you from room1")
     expect(luis.get_by_role("heading", name="No room yet")).to_be_visible()
     expect(luis.locator("#locked")).to_contain_text("room1")
-    expect(conversation(ana)).to_contain_text("luis is gone: expelled")
-    send(ana, "Among ourselves")
-    wait_until_said(ana, "Among ourselves")
-    expect(wire(luis)).not_to_contain_text("ourselves")
+    luis_is_gone(ana, luis, "expelled")
 
 
 def test_only_the_owner_of_a_room_sees_invite_and_expel(server, browser):
@@ -2210,7 +2223,7 @@ def test_breaking_in_is_really_tried_and_refused(server, browser):
 def test_the_log_keeps_its_place_and_says_that_there_is_something_new(server, browser):
     ana, luis = browser(server, "ana", "/room?room=python"), browser(server, "luis", "/room?room=python")
     send_at_once(luis, [f"line {number}" for number in range(40)])
-    until(lambda: said(ana)[-1:] == ["line 39"])
+    wait_until_said(ana, "line 39")
     line, newer = conversation(ana).get_by_text("line 9", exact=True), ana.get_by_role("button", name="New messages")
     line.scroll_into_view_if_needed()
     place = line.bounding_box()
