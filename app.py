@@ -81,8 +81,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order in which they were sent
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_interval=8,  # seconds between two pings; who does not answer one
-    ping_timeout=5,  # within these is gone
+    ping_interval=8,  # seconds between two pings: who has not answered one by the next is gone
+    ping_timeout=5,  # seconds that a ping may be late before the client gives up
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said ---------------------------------
@@ -350,7 +350,15 @@ def protect(response):
     return response
 
 
-# 6. Events: one at a time, under the lock (read_packet in section 8 holds it) ----------------------------------------
+# 6. Events -----------------------------------------------------------------------------------------------------------
+
+
+@socketio.server.eio.on("message")
+def one_at_a_time(session, data):
+    """All that clients send passes here: the lock is held until the event is handled and its ack is sent."""
+    with lock:
+        if session in socketio.server.environ:  # else it came after the farewell
+            socketio.server._handle_eio_message(session, data)
 
 
 def channel(room):
@@ -501,14 +509,9 @@ class EnginePacket(engineio.packet.Packet):
         """This packet as a WebSocket frame: one, however many hear it."""
         return bytes(FRAMES.send_data(self.encode()))
 
-    def decode(self, encoded):
-        try:
-            super().decode(encoded)
-        except (ValueError, RecursionError):
-            raise UnknownPacketError from None
 
-
-PING, NOOP = EnginePacket(engineio.packet.PING), EnginePacket(engineio.packet.NOOP)
+PING, PONG = EnginePacket(engineio.packet.PING), EnginePacket(engineio.packet.PONG, "probe")
+NOOP = EnginePacket(engineio.packet.NOOP)
 
 
 class WebSocket(simple_websocket.Server):
@@ -529,15 +532,14 @@ class WebSocket(simple_websocket.Server):
 
     def send(self, frame):
         """Write a frame at once, or cut the line. What the reading thread sends waits until it reads again."""
-        with lock:
-            try:
-                if self.waiting or threading.get_ident() == self.reader:
-                    self.waiting.append(frame)
-                    fits = len(self.waiting) <= 2 * HISTORY
-                else:
-                    fits = self.at_once.send(frame) == len(frame)
-            except OSError:
-                fits = False
+        try:
+            if self.waiting or threading.get_ident() == self.reader:
+                self.waiting.append(frame)
+                fits = len(self.waiting) <= 2 * HISTORY
+            else:
+                fits = self.at_once.send(frame) == len(frame)
+        except OSError:
+            fits = False
         if not fits:
             self.cut()
 
@@ -547,8 +549,9 @@ class WebSocket(simple_websocket.Server):
             self.flush()
             while self.connected and not self.input_buffer:
                 received = self.tcp.recv(self.receive_bytes)
-                self.ws.receive_data(received or None)
-                self.connected = self._handle_events()
+                with lock:
+                    self.ws.receive_data(received or None)
+                    self.connected = self._handle_events()
                 self.flush()
             return self.input_buffer.pop(0) if self.input_buffer else None
 
@@ -564,9 +567,8 @@ class WebSocket(simple_websocket.Server):
         """Say goodbye, if the line still takes it, and close: whichever thread reads or writes it wakes up."""
         with lock:
             with suppress(OSError):
-                if not self.waiting or threading.get_ident() == self.reader:
-                    farewell = FRAMES.close(CloseReason.GOING_AWAY) if self.connected else b""
-                    self.at_once.send(b"".join(self.waiting) + farewell)
+                if self.connected and not self.waiting:
+                    self.at_once.send(FRAMES.close(CloseReason.GOING_AWAY))
             self.at_once.detach()
         self.cut()
 
@@ -576,48 +578,49 @@ class WebSocket(simple_websocket.Server):
 
 
 class Connection(engineio.socket.Socket):
-    """A client's connection. Once it has a WebSocket, what is sent is not queued but written."""
+    """A client's connection. Once it has a WebSocket, what is sent is not queued but written. Whoever sends holds the lock."""
 
-    websocket = None
+    websocket, pinged = None, False  # pinged, and has not answered yet
 
     def send(self, packet):
-        with lock:
-            if not self.websocket:
-                self.queue.put(packet)
-            elif not self.closed:
-                self.websocket.send(packet.frame)
+        if self.websocket:
+            self.websocket.send(packet.frame)
+        else:
+            self.queue.put(packet)
 
     def close(self, wait=True, abort=False, reason=None):
         with lock:
             super().close(wait=False, abort=abort, reason=reason)  # nobody waits for a client that may never fetch
-        if self.websocket:
-            self.websocket.end()  # a ping time-out alone would leave it open
+            if self.websocket:
+                self.websocket.end()  # a ping time-out alone would leave it open
 
-    def schedule_ping(self):
-        """An answer to a ping, or the first packet: `heartbeat` pings again in a while."""
-        if self.last_ping:
-            self.last_ping, self.ping_at = None, time.time() + self.server.ping_interval
+    def take(self, data):
+        """Handle one packet that the client sent: a message, the answer to a ping, or its goodbye."""
+        if data[:1] == "4" and len(data) > 1:
+            self.server._trigger_event("message", self.sid, data[1:])
+        elif data == "3":
+            self.schedule_ping()
+        elif data == "1":
+            self.close(abort=True, reason=self.server.reason.CLIENT_DISCONNECT)
+        elif isinstance(data, str) and data[:1] != "b":  # else an attachment: no event has any
+            raise UnknownPacketError
 
-    def beat(self, now):
-        """Ping the client when it is time to; end the connection when the last ping was not answered in time."""
-        if self.closed:
-            self.server.sockets.pop(self.sid, None)
-        elif not self.last_ping and now > self.ping_at:
-            self.last_ping = now
-            self.send(PING)
-        elif not self.websocket or now > self.websocket.busy_until:
-            self.check_ping_timeout()
-
-    def receive(self, packet):
-        if self.queue.qsize() > 10 * HISTORY:
-            raise UnknownPacketError  # who does not fetch is not listened to
-        super().receive(packet)
+    def poll(self):
+        """What the next poll fetches: 16 packets at most, for the Python client takes no more at a time."""
+        packets = [self.queue.get()]
+        while packets[-1] and len(packets) < 16 and not self.queue.empty():
+            packets.append(self.queue.get())
+        if packets[-1] is None:  # closed: whoever else polls wakes up, too
+            self.queue.put(packets.pop())
+        return packets
 
     def handle_post_request(self, environ):
-        try:
-            super().handle_post_request(environ)
-        except (KeyError, ValueError, OSError):  # no payload, no UTF-8, or nobody any more
-            raise UnknownPacketError from None
+        """Take the packets of one POST."""
+        body = b""
+        with suppress(OSError):  # nobody any more
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        for data in body.decode(errors="surrogateescape").split("\x1e"):
+            self.take(data)
 
     def _upgrade_websocket(self, environ, start_response):
         """Serve a WebSocket until it ends, in the thread of the request that asked for it."""
@@ -632,16 +635,6 @@ class Connection(engineio.socket.Socket):
             websocket.end()
         raise BrokenPipeError(errno.EPIPE, "done")  # tells the web server that there is nothing left to answer
 
-    def serve(self, websocket):
-        with lock:
-            while not self.queue.empty() and (packet := self.queue.get()):
-                websocket.send(packet.frame)
-            self.websocket, self.connected, self.upgraded = websocket, True, True
-        with suppress(EngineIOError):  # what is no packet ends the connection
-            while not self.closed and (packet := websocket.wait()):
-                self.receive(EnginePacket(encoded_packet=packet))
-        self.close(abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
-
     def moves_to(self, websocket):
         """Whether a polling client upgrades: it sends a probe, gets an answer, ends its poll, and says so."""
         with lock:
@@ -650,28 +643,58 @@ class Connection(engineio.socket.Socket):
             self.upgrading = True  # from here on its polls are answered with nothing
         if websocket.wait() == "2probe":
             with lock:
-                websocket.send(EnginePacket(engineio.packet.PONG, "probe").frame)
-            self.queue.put(NOOP)  # for the poll that waits
+                websocket.send(PONG.frame)
+                self.send(NOOP)  # for the poll that waits
             self.upgraded = websocket.wait() == "5"
         self.upgrading = False
         return self.upgraded
 
+    def serve(self, websocket):
+        with lock:
+            while not self.queue.empty() and (packet := self.queue.get()):
+                websocket.send(packet.frame)
+            self.websocket, self.connected, self.upgraded = websocket, True, True
+        with suppress(EngineIOError):  # what is no packet ends the connection
+            while not self.closed and (data := websocket.wait()) is not None:
+                self.take(data)
+        self.close(abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
+
+    def schedule_ping(self):
+        """An answer to a ping, or the first packet: `heartbeat` pings again in a while."""
+        self.pinged = False
+
+    def beat(self):
+        """Ping the client; end the connection if it has not answered the last ping, or does not fetch what it hears."""
+        listens = self.websocket and time.time() < self.websocket.busy_until
+        if self.closed:
+            self.server.sockets.pop(self.sid, None)
+        elif self.pinged and not listens or self.queue.qsize() > 10 * HISTORY:
+            self.close(reason=self.server.reason.PING_TIMEOUT)
+        elif not self.pinged:
+            self.pinged = True
+            self.send(PING)
+
 
 def heartbeat():
-    """Once a second, for all connections: one thread, where the library has one for each that waits to ping."""
+    """One thread for all, where the library has one for each connection that waits to ping."""
     while True:
-        socketio.sleep(1)
-        for connection in [*socketio.server.eio.sockets.values()]:
-            with lock:
-                connection.beat(time.time())
+        socketio.sleep(socketio.server.eio.ping_interval)
+        with lock:
+            for connection in [*socketio.server.eio.sockets.values()]:
+                connection.beat()
+
+
+def write(session, packet):
+    """What the library calls for each member of a room."""
+    if connection := socketio.server.eio.sockets.get(session):
+        connection.send(packet)
 
 
 if hasattr(engineio.socket.Socket, "_upgrade_websocket") and hasattr(simple_websocket.Server, "_handle_events"):
     engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
-    socketio.server.eio._service_task = heartbeat
+    socketio.server.eio._service_task, socketio.server._send_eio_packet = heartbeat, write
 else:
     print("engineio or simple-websocket has changed: each member's frame is made and queued by the library.")
-engineio.payload.Payload.max_decode_packets = MAX_BYTES  # by default more than 16 in one POST are thrown away
 
 # 8. The door: who may open a connection, decided before a byte of a body is read; what may come through it -----------
 
@@ -721,32 +744,18 @@ class Packet(socketio.server.packet_class):
     """A Socket.IO packet. Its event has a name that clients may use and one JSON object, whatever was sent."""
 
     def decode(self, encoded):
-        try:
+        name, values = "", []
+        with suppress(TypeError, ValueError, RecursionError):  # no JSON, or 10,000 lists, each in the next
             super().decode(encoded)
-            if self.packet_type in (5, 6):  # BINARY_EVENT, BINARY_ACK: as if there were no attachments
-                self.packet_type -= 3
-            if self.packet_type == 2:  # EVENT
-                name, *values = self.data
-                known = isinstance(name, str) and name not in ("connect", "disconnect", "*")
-                one_object = len(values) == 1 and isinstance(values[0], dict)
-                self.data = [name if known else "", values[0] if one_object else {}]
-        except (TypeError, ValueError, RecursionError):  # no JSON, or 10,000 lists, each in the next
-            self.packet_type, self.data = 2, ["", {}]
-        require(self.packet_type < 4, "There is no such packet.")
-
-
-def read_packet(session, data):
-    """All that clients send passes here, one packet at a time. What is none ends its connection, not in a traceback."""
-    with lock:
-        if isinstance(data, str) and data and session in socketio.server.environ:  # else it came after the farewell
-            try:
-                socketio.server._handle_eio_message(session, data)
-            except Refused:
-                socketio.server.eio.disconnect(session)
+            if self.packet_type in (0, 1, 3):  # CONNECT, DISCONNECT, ACK
+                return
+            name, *values = self.data
+        known = isinstance(name, str) and name not in ("connect", "disconnect", "*")
+        one_object = len(values) == 1 and isinstance(values[0], dict)
+        self.packet_type, self.data = 2, [name if known else "", values[0] if one_object else {}]
 
 
 socketio.server.packet_class = Packet
-socketio.server.eio.on("message", read_packet)
 app.wsgi_app = door
 
 # 9. Run --------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+import engineio
 import nbformat
 import psutil
 import pytest
@@ -898,6 +899,16 @@ def test_history_is_heard_before_the_ack(server, connect, transports):
     luis.emit("join", {"room": "flask", "last_id": last_id}, callback=lambda ack: luis.heard.append(("ack", ack)))
     until(lambda: len(luis.heard) == 4)
     assert [event for event, _ in luis.heard] == ["chat", "chat", "join", "ack"] and luis.texts() == ["one", "two"]
+
+
+@TRANSPORTS
+def test_a_history_that_is_longer_than_a_client_takes_in_one_poll_is_heard_whole(server, connect, transports):
+    ana, luis = connect(server, "ana"), connect(server, "luis", transports=transports)
+    ana.call("join", {"room": "flask"})
+    last_id, *ids = (ana.call("chat", {"room": "flask", "message": f"{n}"})["id"] for n in range(19))
+    assert engineio.payload.Payload.max_decode_packets < len(ids), "this client takes any number"
+    assert luis.call("join", {"room": "flask", "last_id": last_id})["missed"] == len(ids)
+    assert [data["id"] for event, data in luis.heard if event == "chat"] == ids
 
 
 def test_all_hear_one_order_in_which_ids_rise_and_nobody_overtakes_himself(server, connect):
