@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import distribution
@@ -47,6 +47,7 @@ import segno
 import simple_websocket
 from engineio.exceptions import EngineIOError, UnknownPacketError
 from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
+from flask.sessions import SecureCookieSessionInterface
 from flask_bootstrap import Bootstrap5
 from flask_login import LoginManager, UserMixin, current_user, login_required, login_user, logout_user
 from flask_socketio import ConnectionRefusedError, SocketIO, emit, join_room, leave_room
@@ -81,8 +82,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order in which they were sent
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_interval=8,  # seconds between two pings: who has not answered one by the next is gone
-    ping_timeout=5,  # seconds that a ping may be late before the client gives up
+    ping_interval=8,  # seconds between two pings; who does not answer one
+    ping_timeout=5,  # within these is gone
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said ---------------------------------
@@ -500,18 +501,18 @@ def refuse(error):
 # does not keep up is cut, and comes back with `last_id`. Read in engineio 4.15 and simple-websocket 1.1: `Socket`, its
 # `_upgrade_websocket`, the server's `_service_task`, and `_handle_events`.
 
-FRAMES = FrameProtocol(client=False, extensions=[])  # used under the lock
+writing = nullcontext() if ASYNC_MODE == "gevent" else lock  # gevent interrupts nobody who does not wait
 
 
 class EnginePacket(engineio.packet.Packet):
     @cached_property
     def frame(self):
         """This packet as a WebSocket frame: one, however many hear it."""
-        return bytes(FRAMES.send_data(self.encode()))
+        return bytes(FrameProtocol(client=False, extensions=[]).send_data(self.encode()))
 
 
-PING, PONG = EnginePacket(engineio.packet.PING), EnginePacket(engineio.packet.PONG, "probe")
-NOOP = EnginePacket(engineio.packet.NOOP)
+PING, PONG, NOOP = EnginePacket(2), EnginePacket(3, "probe"), EnginePacket(6)
+GOODBYE = FrameProtocol(client=False, extensions=[]).close(CloseReason.GOING_AWAY)
 
 
 class WebSocket(simple_websocket.Server):
@@ -568,7 +569,7 @@ class WebSocket(simple_websocket.Server):
         with lock:
             with suppress(OSError):
                 if self.connected and not self.waiting:
-                    self.at_once.send(FRAMES.close(CloseReason.GOING_AWAY))
+                    self.at_once.send(GOODBYE)
             self.at_once.detach()
         self.cut()
 
@@ -578,15 +579,16 @@ class WebSocket(simple_websocket.Server):
 
 
 class Connection(engineio.socket.Socket):
-    """A client's connection. Once it has a WebSocket, what is sent is not queued but written. Whoever sends holds the lock."""
+    """A client's connection. Once it has a WebSocket, what is sent is not queued but written."""
 
-    websocket, pinged = None, False  # pinged, and has not answered yet
+    websocket = None
 
     def send(self, packet):
-        if self.websocket:
-            self.websocket.send(packet.frame)
-        else:
-            self.queue.put(packet)
+        with writing:
+            if self.websocket:
+                self.websocket.send(packet.frame)
+            else:
+                self.queue.put(packet)
 
     def close(self, wait=True, abort=False, reason=None):
         with lock:
@@ -619,7 +621,7 @@ class Connection(engineio.socket.Socket):
         body = b""
         with suppress(OSError):  # nobody any more
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        for data in body.decode(errors="surrogateescape").split("\x1e"):
+        for data in body.decode(errors="surrogateescape").split("\x1e"):  # `text` refuses what was no UTF-8
             self.take(data)
 
     def _upgrade_websocket(self, environ, start_response):
@@ -642,9 +644,8 @@ class Connection(engineio.socket.Socket):
                 return False
             self.upgrading = True  # from here on its polls are answered with nothing
         if websocket.wait() == "2probe":
-            with lock:
-                websocket.send(PONG.frame)
-                self.send(NOOP)  # for the poll that waits
+            websocket.send(PONG.frame)
+            self.send(NOOP)  # for the poll that waits
             self.upgraded = websocket.wait() == "5"
         self.upgrading = False
         return self.upgraded
@@ -660,28 +661,29 @@ class Connection(engineio.socket.Socket):
         self.close(abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
 
     def schedule_ping(self):
-        """An answer to a ping, or the first packet: `heartbeat` pings again in a while."""
-        self.pinged = False
+        """The first packet, or an answer to a ping: `heartbeat` pings again in a while."""
+        self.last_ping, self.ping_at = None, time.time() + self.server.ping_interval
 
-    def beat(self):
-        """Ping the client; end the connection if it has not answered the last ping, or does not fetch what it hears."""
-        listens = self.websocket and time.time() < self.websocket.busy_until
+    def beat(self, now):
+        """Ping the client when it is time to; end the connection of one that did not answer, or does not fetch."""
         if self.closed:
             self.server.sockets.pop(self.sid, None)
-        elif self.pinged and not listens or self.queue.qsize() > 10 * HISTORY:
-            self.close(reason=self.server.reason.PING_TIMEOUT)
-        elif not self.pinged:
-            self.pinged = True
+        elif self.queue.qsize() > 10 * HISTORY:
+            self.close()
+        elif not self.last_ping and now > self.ping_at:
+            self.last_ping = now
             self.send(PING)
+        elif not self.websocket or now > self.websocket.busy_until:
+            self.check_ping_timeout()
 
 
 def heartbeat():
-    """One thread for all, where the library has one for each connection that waits to ping."""
+    """Once a second, for all connections: one thread, where the library has one for each that waits to ping."""
     while True:
-        socketio.sleep(socketio.server.eio.ping_interval)
+        socketio.sleep(1)
         with lock:
             for connection in [*socketio.server.eio.sockets.values()]:
-                connection.beat()
+                connection.beat(time.time())
 
 
 def write(session, packet):
@@ -690,6 +692,14 @@ def write(session, packet):
         connection.send(packet)
 
 
+class Sessions(SecureCookieSessionInterface):
+    """An event has the session that its connection was opened with: no cookie is read again."""
+
+    def open_session(self, app, request):
+        return request.environ.get("saved_session") or super().open_session(app, request)
+
+
+app.session_interface = Sessions()
 if hasattr(engineio.socket.Socket, "_upgrade_websocket") and hasattr(simple_websocket.Server, "_handle_events"):
     engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
     socketio.server.eio._service_task, socketio.server._send_eio_packet = heartbeat, write
