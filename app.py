@@ -498,8 +498,9 @@ def refuse(error):
 #
 # A broadcast is one message written many times. The library puts it into a queue for each member and wakes a thread for
 # each, which frames it anew. Here it is framed once, and for each member of the room: written, by whoever sends it. Who
-# does not keep up is cut, and comes back with `last_id`. Read in engineio 4.15 and simple-websocket 1.1: `Socket`, its
-# `_upgrade_websocket`, the server's `_service_task`, and `_handle_events`.
+# does not keep up is cut, and comes back with `last_id`. Replaced here, and read in: `Packet`, `Socket`, its
+# `_upgrade_websocket` and the server's `_service_task` of engineio 4.15; `_send_eio_packet` of socketio 5.18; `_thread`
+# and `_handle_events` of simple-websocket 1.1; Flask-SocketIO 5.7 keeps `saved_session`.
 
 writing = nullcontext() if ASYNC_MODE == "gevent" else lock  # gevent interrupts nobody who does not wait
 
@@ -687,7 +688,7 @@ def heartbeat():
 
 
 def write(session, packet):
-    """What the library calls for each member of a room."""
+    """For each member of a room the library calls this."""
     if connection := socketio.server.eio.sockets.get(session):
         connection.send(packet)
 
