@@ -38,6 +38,8 @@ from playwright.sync_api import expect, sync_playwright
 
 import app as program
 
+expect.set_options(timeout=15_000)  # milliseconds that a busy machine may take to show something
+
 HERE = Path(program.__file__).parent
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome",
             "msedge", "microsoft-edge")
