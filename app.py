@@ -682,8 +682,8 @@ def heartbeat():
     """Once a second, for all connections: one thread, where the library has one for each that waits to ping."""
     while True:
         socketio.sleep(1)
-        with lock:
-            for connection in [*socketio.server.eio.sockets.values()]:
+        for connection in [*socketio.server.eio.sockets.values()]:
+            with lock:
                 connection.beat(time.time())
 
 
@@ -706,6 +706,7 @@ if hasattr(engineio.socket.Socket, "_upgrade_websocket") and hasattr(simple_webs
     socketio.server.eio._service_task, socketio.server._send_eio_packet = heartbeat, write
 else:
     print("engineio or simple-websocket has changed: each member's frame is made and queued by the library.")
+    engineio.payload.Payload.max_decode_packets = MAX_BYTES  # by default more than 16 in one POST are thrown away
 
 # 8. The door: who may open a connection, decided before a byte of a body is read; what may come through it -----------
 
