@@ -1,0 +1,196 @@
+"""What notebooks and tests both need: a server, a log-in, a cable, a light client."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import requests
+from wsproto import ConnectionType
+from wsproto.connection import Connection
+from wsproto.events import TextMessage
+from wsproto.extensions import PerMessageDeflate
+
+ROOT, ME = Path(__file__).resolve().parent.parent, "127.0.0.1"
+GUARD = "import os, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), 9)"
+
+
+def until(condition, seconds=20):
+    """Wait until condition() holds, and return its value; AssertionError if it never does."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+class Server:
+    """`python app.py`, or another command, on a free port; it stops however this program ends."""
+
+    def __init__(self, *command, **settings):
+        with socket.create_server((ME, int(settings.get("PORT", 0)))) as free:
+            self.port = free.getsockname()[1]
+        self.url, self.command = f"http://{ME}:{self.port}", command or ["app.py"]
+        self.environ = os.environ | settings | {"PORT": str(self.port)}
+        self.start()
+
+    def start(self):
+        """Start it (again, after `stop`) and wait until it listens; `log` holds what it prints."""
+        own = {"cwd": ROOT, "env": self.environ, "text": True, "start_new_session": True}
+        out = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen([sys.executable, *self.command], **own, **out)
+        # The guard's input ends when this program does, even by a crash: then it kills the server.
+        guard = [sys.executable, "-c", GUARD, str(self.process.pid)]
+        self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
+        self.log, lines = [], (line.rstrip() for line in self.process.stdout)
+        Thread(target=self.log.extend, args=[lines], daemon=True).start()
+        until(lambda: self.process.poll() is not None or self.listens())
+
+    def listens(self):
+        with socket.socket() as probe:
+            return not probe.connect_ex((ME, self.port))
+
+    def said(self, words):
+        """The lines of the log with these words in them."""
+        return [line for line in list(self.log) if words in line]
+
+    @property
+    def usage(self):
+        """The program as `psutil` sees it: its memory, processor time and threads."""
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children()][-1]  # Windows: an environment's python starts another
+
+    def stop(self):
+        """Kill the program; a second time it does nothing."""
+        self.guard.communicate()
+        self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stop()
+
+
+def sign_in(url, name, password="demo", form="login"):
+    """A session with a user's cookie, as a browser has it; form="register" opens an account."""
+    session, data = requests.Session(), {"username": name, "password": password}
+    answer = session.post(f"{url}/{form}", data=data, allow_redirects=False)
+    assert answer.status_code == 302, answer.text
+    return session
+
+
+class Relay:
+    """A cable to a server. It keeps what passed, and can be slow, cut, silent, or not `open`."""
+
+    def __init__(self, port, delay=0):
+        self.target, self.delay, self.open, self.silent = port, delay, True, False
+        self.lines = []  # the bytes that passed on each line: (up, down)
+        self.ends = []  # the TCP connections that are open
+        self.listener = socket.create_server((ME, 0))
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http://{ME}:{self.port}"
+        Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            near, far = self.listener.accept()[0], socket.socket()
+            if not self.open or far.connect_ex((ME, self.target)):
+                hang_up(near)
+                continue
+            self.lines.append((up := bytearray(), down := bytearray()))
+            self.ends += near, far
+            Thread(target=self.carry, args=(near, far, up), daemon=True).start()
+            Thread(target=self.carry, args=(far, near, down), daemon=True).start()
+
+    def carry(self, one, other, passed):
+        with suppress(OSError):
+            while data := one.recv(65536):
+                time.sleep(self.delay)
+                until(lambda: not self.silent, float("inf"))
+                other.sendall(data)
+                passed += data
+        hang_up(one, other)
+
+    def cut(self):
+        """Cut every line there is. What is on its way is lost."""
+        ends, self.ends = self.ends, []
+        hang_up(*ends)
+
+
+def hang_up(*ends):
+    """Close TCP connections at once, whoever is reading them."""
+    for end in ends:
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()
+
+
+class Wire:
+    """A WebSocket that costs little, so that one program can be hundreds of listeners."""
+
+    def __init__(self, port, session=None, query="", compress=False, **headers):
+        cookies = session.cookies.items() if session else []
+        headers = {
+            "Host": f"{ME}:{port}",
+            "Cookie": "; ".join(f"{name}={value}" for name, value in cookies),
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Key": "MDEyMzQ1Njc4OTAxMjM0NQ==",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Extensions": "permessage-deflate" if compress else None,
+        } | headers
+        lines = [f"GET /socket.io/?EIO=4&transport=websocket{query} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in headers.items() if value is not None]
+        self.tcp, head = socket.create_connection((ME, port), 20), b""
+        self.tcp.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        while not head.endswith(b"\r\n\r\n"):
+            byte = self.tcp.recv(1)
+            assert byte, "the server has hung up"
+            head += byte
+        self.status, self.inbox, self.part = int(head.split()[1]), [], ""
+        deflate = PerMessageDeflate()
+        deflate.finalize("permessage-deflate")
+        extensions = [deflate] if b"permessage-deflate" in head else []
+        self.frames = Connection(ConnectionType.CLIENT, extensions)
+
+    def take(self):
+        """Wait until bytes arrive: whole packets are in `inbox` then. False: it has hung up."""
+        data = b""
+        with suppress(ConnectionError):
+            data = self.tcp.recv(65536)
+        self.frames.receive_data(data)
+        for event in self.frames.events() if data else ():
+            if isinstance(event, TextMessage):
+                self.part += event.data
+                if event.message_finished:
+                    self.inbox.append(self.part)
+                    self.part = ""
+        return bool(data)
+
+    def send(self, *packets):
+        """Send these packets in one write."""
+        frames = [self.frames.send(TextMessage(packet)) for packet in packets]
+        self.tcp.sendall(b"".join(frames))
+
+    def read(self):
+        """The next packet; None when the server has hung up."""
+        while not self.inbox:
+            if not self.take():
+                return None
+        return self.inbox.pop(0)
+
+    def until(self, start):
+        """Read up to the packet that begins so, and return all that came. Pings are answered."""
+        packets = []
+        while not (packets and packets[-1].startswith(start)):
+            packets.append(self.read())
+            assert packets[-1] is not None, packets
+            if packets[-1] == "2":
+                self.send("3")
+        return packets
