@@ -92,8 +92,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_interval=8,  # a client that has heard no ping for
-    ping_timeout=5,  # the sum of these seconds gives us up; section 7 pings every `ping_timeout`
+    ping_timeout=5,  # seconds from one ping to the next; who has not answered by then is gone
+    ping_interval=8,  # a client that hears none for so long, and `ping_timeout` more, gives us up
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said -------------
@@ -259,8 +259,9 @@ class State:
         key = data.get("key")
         if key is not None:
             require(1 <= len(text(data, "key")) <= 64, "A key has 1 to 64 characters.")
-            if key in user.keys:
-                return user.keys[key], None
+            known = self.sent_with(user, key)
+            if known:
+                return known, None
         message = text(data, "message").strip()
         require(1 <= len(message) <= 500, "A message has 1 to 500 characters.")
         room = data.get("room")
@@ -269,6 +270,10 @@ class State:
             require(joined, "Only those who have joined a room may speak in it.", 403)
         user.spend(time.monotonic())
         return self.keep(user, room, message, key)
+
+    def sent_with(self, user, key):
+        """Return the id of the message that a user has sent with this key, or None."""
+        return user.keys.get(key)
 
     def keep(self, user, room, message, key):
         """Number a message and keep it and its key; return its id and what its hearers get."""
@@ -365,8 +370,7 @@ def register():
     password = request.form.get("password", "")
     require(NAME.fullmatch(name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
     require(len(password) >= 8, "A password has 8 characters or more.")
-    reserved = not ALONE and name.lower() in [*DEMO_ACCOUNTS, TEACHER]
-    require(not reserved, "That name is taken.", 409)
+    require(name.lower() not in [*DEMO_ACCOUNTS, TEACHER], "That name is taken.", 409)
     with hashing:
         password_hash = generate_password_hash(password)
     with lock:
@@ -379,6 +383,8 @@ def register():
 def logout():
     """End every session, connection and waiting poll of the user, on all devices."""
     with lock:
+        for sid in state.connections(current_user.name):
+            socketio.server.disconnect(sid)
         old_token = state.renew(current_user)
         hang_up(old_token)
         news.notify_all()
@@ -805,12 +811,13 @@ SIZE = re.compile("[0-9]{0,5}")  # -1 would be read for ever
 
 
 def from_here():
-    """Return whether no other site's page sent this request."""
+    """Return whether no other site's page sent this request; Werkzeug refuses a strange Host."""
+    host = request.host
     site = request.headers.get("Sec-Fetch-Site")
     if site:
         return site in ("same-origin", "none")
     origin = request.headers.get("Origin")
-    return origin is None or origin.partition("://")[2] == request.host
+    return origin is None or origin.partition("://")[2] == host
 
 
 def check_connection(environ):
