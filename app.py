@@ -326,8 +326,10 @@ def load_user(token):
 def sign_in_first():
     """Send a page's browser to the log-in, and back to the page after it."""
     require(request.path != "/messages", "Sign in first.", 401)
-    came_for = request.full_path.rstrip("?")
-    return redirect(url_for("login", next=came_for if request.method == "GET" else None))
+    came_for = None
+    if request.method == "GET":
+        came_for = request.full_path.rstrip("?")
+    return redirect(url_for("login", next=came_for))
 
 
 def sign_in(user):
@@ -348,8 +350,9 @@ def login():
 @app.post("/login")
 def check_password():
     """Sign a user in who knows the password; ten wrong ones close the name for the minute."""
-    name = g.username = request.form.get("username", "")
+    name = request.form.get("username", "")
     password = request.form.get("password", "")
+    g.username = name  # stays in the form if this is refused
     attempts = name.lower()[:20], request.remote_addr
     with hashing:  # nobody else guesses between the question and the count
         allowed = wrong.test(TEN_A_MINUTE, *attempts)
@@ -366,8 +369,9 @@ def check_password():
 @app.post("/register")
 def register():
     """Open an account for who comes with a new name, and sign him in."""
-    name = g.username = request.form.get("username", "")
+    name = request.form.get("username", "")
     password = request.form.get("password", "")
+    g.username = name  # stays in the form if this is refused
     require(NAME.fullmatch(name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
     require(len(password) >= 8, "A password has 8 characters or more.")
     require(name.lower() not in [*DEMO_ACCOUNTS, TEACHER], "That name is taken.", 409)
@@ -730,7 +734,8 @@ class Connection(engineio.socket.Socket):
             if self.upgraded and self.idle:
                 rest = frame(packet.encode())
                 with suppress(OSError):
-                    rest = rest[self.websocket.at_once.send(rest) :]
+                    sent = self.websocket.at_once.send(rest)
+                    rest = rest[sent:]
                 if not rest:
                     return
                 packet = EnginePacket(MESSAGE, rest)
