@@ -72,6 +72,7 @@ RATE = 20  # messages that a user may say in a second
 BURST = 60  # messages that a user may say at once
 MAX_BYTES = 64 * 1024  # of one packet, one form
 MAX_WAITING = 10 * HISTORY  # packets that wait for a client to take them
+PATIENCE = 5  # seconds that the answer to a ping may take
 
 app = Flask(__name__)
 app.config.update(
@@ -92,8 +93,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_timeout=5,  # seconds from one ping to the next; who has not answered by then is gone
-    ping_interval=8,  # a client that hears none for so long, and `ping_timeout` more, gives us up
+    ping_interval=8,  # seconds; a client that hears no ping for this and the next gives us up
+    ping_timeout=8,  # seconds between two visits of engineio's service task, see section 7
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said -------------
@@ -551,6 +552,7 @@ def connect(auth=None):
     name = current_user.name
     if isinstance(auth, dict) and auth.get("username", name) != name:
         raise ConnectionRefusedError(f"You are signed in as {name} now: load the page again.")
+    request.environ.pop("HTTP_COOKIE", None)  # the session is kept: no event opens it again
     state.enter(request.sid, name)
     join_room(private_channel(name))
     print(f"connected: {name}", flush=True)
@@ -574,10 +576,10 @@ def join(data):
     is_id = type(last_id) is int and last_id >= 0
     require(is_id, '"last_id" is the id of the last message that you heard.')
     state.admit(name, room)
+    new = state.enter(request.sid, name, room)
     missed, gap = state.since(room, last_id)
     for message in missed:
         emit("chat", message)
-    new = state.enter(request.sid, name, room)
     join_room(channel(room))
     members = state.members(room)
     if new:
@@ -682,8 +684,8 @@ class WebSocket(simple_websocket.Server):
     """The server's end of a WebSocket, read in the thread of the request that opened it."""
 
     def __init__(self, environ):
-        no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # else 0.5 MB are inflated to 500
-        super().__init__(environ | no_deflate, max_message_size=MAX_BYTES)
+        environ["HTTP_SEC_WEBSOCKET_EXTENSIONS"] = ""  # no deflate: 0.5 MB would inflate to 500
+        super().__init__(environ, max_message_size=MAX_BYTES)
         # What a slow client has not taken waits in its queue, not in the kernel: so we know of it.
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
         self.at_once = socket.socket(fileno=self.sock.fileno())  # the same, for who cannot wait
@@ -732,13 +734,14 @@ class Connection(engineio.socket.Socket):
         """Write a packet at once, or queue it; the library wakes a thread for each."""
         with lock:
             if self.upgraded and self.idle:
-                rest = frame(packet.encode())
-                with suppress(OSError):
-                    sent = self.websocket.at_once.send(rest)
-                    rest = rest[sent:]
-                if not rest:
+                data = frame(packet.encode())
+                try:
+                    sent = self.websocket.at_once.send(data)
+                except OSError:  # it takes nothing now, or never again
+                    sent = 0
+                if sent == len(data):
                     return
-                packet = EnginePacket(MESSAGE, rest)
+                packet = EnginePacket(MESSAGE, data[sent:])
             self.idle = False
             self.queue.put(packet)
 
@@ -789,15 +792,15 @@ class Connection(engineio.socket.Socket):
         self.last_ping = None
 
     def check_ping_timeout(self):
-        """Ping, or end who did not answer; engineio asks this every `ping_timeout` seconds."""
+        """Ping, and end who has not answered the last ping: engineio's service task asks this."""
         with lock:
             if self.closed:
                 return
-            if self.last_ping:
-                super().check_ping_timeout()
-            else:
+            if not self.last_ping:
                 self.last_ping = time.time()
                 self.send(EnginePacket(PING))
+            elif time.time() - self.last_ping > PATIENCE:
+                self.close(reason=self.server.reason.PING_TIMEOUT)
 
     def close(self, wait=True, abort=False, reason=None):
         """Close without waiting for the client, TCP too; the library leaves it open."""
@@ -920,14 +923,16 @@ def welcome():
     if ALONE:
         app.config.update(DEMO_ACCOUNTS=DEMO_ACCOUNTS)
         for name in DEMO_ACCOUNTS:
-            state.register(name, generate_password_hash("demo"))
+            with suppress(Refused):  # a State may outlive the process
+                state.register(name, generate_password_hash("demo"))
         print("Sign in as ana, luis or eva, password demo: two people, two browsers.")
     else:
         join_url = f"{url}/room?room=python"
         app.config.update(ADDRESS=address, JOIN_URL=join_url, QR_CODE=segno.make(join_url))
         app.config["QR_CODE"].terminal(compact=True)
         password = os.environ.get("LECTURER_PASSWORD") or secrets.token_urlsafe(6)
-        state.register(TEACHER, generate_password_hash(password))
+        with suppress(Refused):
+            state.register(TEACHER, generate_password_hash(password))
         print("Others can reach this address, so there are no demo accounts: everybody registers.")
         print(f"You are {TEACHER}, password {password}; the room staff is yours.")
     print("Stop with Ctrl+C.", flush=True)
