@@ -683,13 +683,16 @@ class EnginePacket(engineio.packet.Packet):
 class WebSocket(simple_websocket.Server):
     """The server's end of a WebSocket, read in the thread of the request that opened it."""
 
-    def __init__(self, environ):
+    def __init__(self, environ, connection):
         environ["HTTP_SEC_WEBSOCKET_EXTENSIONS"] = ""  # no deflate: 0.5 MB would inflate to 500
         super().__init__(environ, max_message_size=MAX_BYTES)
+        self.connection = connection
+        self.tcp = self.sock
         # What a slow client has not taken waits in its queue, not in the kernel: so we know of it.
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
-        self.at_once = socket.socket(fileno=self.sock.fileno())  # the same, for who cannot wait
+        self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
+        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same, for who cannot wait
         self.at_once.setblocking(False)
+        self.sock = SimpleNamespace(send=self.answer)
 
     def _thread(self):
         """Do not read in a second thread, as the library would: `wait` does it."""
@@ -698,19 +701,24 @@ class WebSocket(simple_websocket.Server):
         """Return the next packet that arrived, even if the line is gone; None after the last."""
         with suppress(OSError, ProtocolError):
             while self.connected and not self.input_buffer:
-                received = self.sock.recv(self.receive_bytes)
+                received = self.tcp.recv(self.receive_bytes)
                 self.ws.receive_data(received or None)
                 self.connected = self._handle_events()
         return self.input_buffer.pop(0) if self.input_buffer else None
 
+    def answer(self, frames):
+        """Send the library's answer to a ping by the way of packets: never inside a frame."""
+        if self.connection.upgraded:
+            self.connection.send(EnginePacket(MESSAGE, bytes(frames)))
+
     def send(self, data):
         """Write a packet (text) or the rest of a frame (bytes), however slowly it is taken."""
-        self.sock.sendall(frame(data))
+        self.tcp.sendall(frame(data))
 
     def close(self):
         """Shut the TCP connection down: whoever reads or writes it wakes up."""
         with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self.tcp.shutdown(socket.SHUT_RDWR)
 
 
 class Connection(engineio.socket.Socket):
@@ -769,7 +777,7 @@ class Connection(engineio.socket.Socket):
             if self.websocket:
                 return self.server._bad_request()
             try:
-                self.websocket = WebSocket(environ)
+                self.websocket = WebSocket(environ, self)
             except (ProtocolError, OSError):  # half a handshake
                 return self.server._bad_request()
         try:
@@ -819,13 +827,12 @@ SIZE = re.compile("[0-9]{0,5}")  # -1 would be read for ever
 
 
 def from_here():
-    """Return whether no other site's page sent this request; Werkzeug refuses a strange Host."""
-    host = request.host
+    """Return whether no other site's page sent this request."""
     site = request.headers.get("Sec-Fetch-Site")
     if site:
         return site in ("same-origin", "none")
     origin = request.headers.get("Origin")
-    return origin is None or origin.partition("://")[2] == host
+    return origin is None or origin.partition("://")[2] == request.host
 
 
 def check_connection(environ):
@@ -844,6 +851,7 @@ def door(environ, start_response, inside=app.wsgi_app):
     """Let a request in or refuse it, before a byte of its body is read."""
     try:
         with app.request_context(environ):
+            require(request.host, "Say which host you want.")  # Refused if not in TRUSTED_HOSTS
             sized = SIZE.fullmatch(environ.get("CONTENT_LENGTH", ""))
             chunked = "HTTP_TRANSFER_ENCODING" in environ
             require(sized and not chunked, "Say how long the body is, 64 KB at most.", 413)
