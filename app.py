@@ -513,11 +513,6 @@ def channel(room):
     return f"room:{room}" if room else None
 
 
-def private_channel(name):
-    """Return Socket.IO's name for the room that all connections of one user are in."""
-    return f"user:{name}"
-
-
 def my_room(data):
     """Return the room that an event names; Refused unless this connection has joined it."""
     room = text(data, "room")
@@ -554,7 +549,7 @@ def connect(auth=None):
         raise ConnectionRefusedError(f"You are signed in as {name} now: load the page again.")
     request.environ.pop("HTTP_COOKIE", None)  # the session is kept: no event opens it again
     state.enter(request.sid, name)
-    join_room(private_channel(name))
+    join_room(f"user:{name}")  # a private channel of all the user's connections
     print(f"connected: {name}", flush=True)
 
 
@@ -617,7 +612,7 @@ def invite(data):
     host = current_user.name
     room = text(data, "room")
     guest = state.invite(host, room, text(data, "username"))
-    socketio.emit("invite", {"room": room, "by": host}, to=private_channel(guest))
+    socketio.emit("invite", {"room": room, "by": host}, to=f"user:{guest}")
     return {"ok": True, "username": guest}
 
 
@@ -627,7 +622,7 @@ def expel(data):
     host = current_user.name
     room = text(data, "room")
     guest = state.expel(host, room, text(data, "username"))
-    socketio.emit("expel", {"room": room, "by": host}, to=private_channel(guest))
+    socketio.emit("expel", {"room": room, "by": host}, to=f"user:{guest}")
     for sid in state.connections(guest, room):
         take_out(sid, room, "expelled")
     return {"ok": True}
