@@ -93,7 +93,7 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_timeout=8,  # seconds between two visits of engineio's service task, which pings: section 7
+    ping_timeout=6,  # seconds between two visits of engineio's service task, which pings: section 7
     ping_interval=12,  # seconds; a client that hears no ping for the sum of both gives us up
 )
 
