@@ -1,6 +1,7 @@
 """What notebooks and tests both need: a server, a log-in, a cable, a light client."""
 
 import os
+import selectors
 import socket
 import subprocess
 import sys
@@ -90,8 +91,7 @@ class Relay:
 
     def __init__(self, port, delay=0):
         self.target, self.delay, self.open, self.silent = port, delay, True, False
-        self.lines = []  # the bytes that passed on each line: (up, down)
-        self.ends = []  # the TCP connections that are open
+        self.lines, self.ends = [], []  # what passed on each line: (up, down); what is connected
         self.listener = socket.create_server((ME, 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://{ME}:{self.port}"
@@ -105,8 +105,8 @@ class Relay:
                 continue
             self.lines.append((up := bytearray(), down := bytearray()))
             self.ends += near, far
-            Thread(target=self.carry, args=(near, far, up), daemon=True).start()
-            Thread(target=self.carry, args=(far, near, down), daemon=True).start()
+            for line in (near, far, up), (far, near, down):
+                Thread(target=self.carry, args=line, daemon=True).start()
 
     def carry(self, one, other, passed):
         with suppress(OSError):
@@ -194,3 +194,16 @@ class Wire:
             if packets[-1] == "2":
                 self.send("3")
         return packets
+
+
+def attend(wires, done):
+    """Read what comes to any of the wires, and answer pings, until done()."""
+    with selectors.DefaultSelector() as ears:
+        for wire in wires:
+            ears.register(wire.tcp, selectors.EVENT_READ, wire)
+        while not done():
+            for ear, _ in ears.select(0.01):
+                assert ear.data.take(), "the server has hung up"
+                if ear.data.inbox[-1:] == ["2"]:
+                    ear.data.send("3")
+                    ear.data.inbox.pop()
