@@ -2,30 +2,25 @@
 
     python app.py            then open http://127.0.0.1:5000 in two browsers
 
-Every event from a client carries one JSON object and gets an ack: {"ok": true, ...} or {"ok": false, "error": "..."}.
+Every event from a client carries one JSON object and gets an ack:
+{"ok": true, ...} or {"ok": false, "error": "..."}.
 
-    event    a client sends           the ack adds                   who hears it
-    join     room, last_id?           room, members, missed, gap     the room, the joiner included
-    leave    room                                                    the room, not the leaver
-    chat     message, room?, key?     id                             the room; without a room everyone connected
-    typing   room                                                    the room, but no connection of the sender
-    invite   room, username                                          that user, on all connections
-    expel    room, username                                          that user, and the room as a `leave`
+    event    a client sends         the ack adds                 who hears it
+    join     room, last_id?         room, members, missed, gap   the room, the joiner included
+    leave    room                                                the room, not the leaver
+    chat     message, room?, key?   id                           the room; without one, everybody
+    typing   room                                                the room, none of the sender's own
+    invite   room, username         username                     that user, on all connections
+    expel    room, username                                      that user; the room, as a `leave`
 
-Read sections 2 to 6 from top to bottom: set-up, state, users, pages, events. They are the lesson, and a beginner may
-stop there. Sections 7 and 8 are what makes it hold when a member is slow, a cable is pulled, or somebody means harm.
+Read sections 2 to 6 from top to bottom: set-up, state, users, pages, events. They are the lesson,
+and a beginner may stop there. Sections 7 and 8 are what makes it hold when a member is slow, a
+cable is pulled, or somebody means harm.
 """
 
-import os
-
-if (ASYNC_MODE := os.environ.get("ASYNC_MODE", "threading")) == "gevent":
-    from gevent import monkey
-
-    monkey.patch_all()  # before anything else is imported
-
-import errno
 import inspect
 import math
+import os
 import re
 import secrets
 import signal
@@ -34,36 +29,47 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import lru_cache
 from importlib.metadata import distribution
-from itertools import takewhile
 from types import SimpleNamespace
-from urllib.parse import parse_qs
 
 import engineio
 import segno
 import simple_websocket
-from engineio.exceptions import EngineIOError, UnknownPacketError
+from engineio.exceptions import SocketIsClosedError
 from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
-from flask.sessions import SecureCookieSessionInterface
 from flask_bootstrap import Bootstrap5
-from flask_login import LoginManager, UserMixin, current_user, login_required, login_user, logout_user
+from flask_login import (
+    LoginManager,
+    UserMixin,
+    current_user,
+    login_required,
+    login_user,
+    logout_user,
+)
 from flask_socketio import ConnectionRefusedError, SocketIO, emit, join_room, leave_room
 from limits import RateLimitItemPerMinute, storage, strategies
 from werkzeug.exceptions import HTTPException
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import WSGIRequestHandler, make_server
-from wsproto.frame_protocol import CloseReason, FrameProtocol
+from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError
 
-# 2. Set-up -----------------------------------------------------------------------------------------------------------
+# 2. Set-up ----------------------------------------------------------------------------------------
 
-HOST, PORT = os.environ.get("HOST", "127.0.0.1"), os.environ.get("PORT", "5000")
+HOST = os.environ.get("HOST") or "127.0.0.1"
+PORT = os.environ.get("PORT") or "5000"
+ALONE = re.fullmatch(r"localhost|127(\.\d+){3}", HOST)  # nobody but this machine can connect
+DEMO_ACCOUNTS = ["ana", "luis", "eva"]  # everybody knows their password: only for this machine
+TEACHER = "ana" if ALONE else "lecturer"
+
 HISTORY = 500  # messages that a room remembers, keys that a user's
-RATE, BURST = 20, 60  # messages that a user may say in a second, and at once
+RATE = 20  # messages that a user may say in a second
+BURST = 60  # messages that a user may say at once
 MAX_BYTES = 64 * 1024  # of one packet, one form
+MAX_WAITING = 10 * HISTORY  # packets that wait for a client to take them
 
 app = Flask(__name__)
 app.config.update(
@@ -71,6 +77,8 @@ app.config.update(
     SESSION_COOKIE_NAME=f"session-{PORT}",  # two apps on one machine do not sign each other out
     SESSION_COOKIE_SAMESITE="Lax",
     MAX_CONTENT_LENGTH=MAX_BYTES,
+    # Another site may have had its own name resolved to this machine.
+    TRUSTED_HOSTS=["localhost", "127.0.0.1", HOST] if ALONE else None,
     BOOTSTRAP_SERVE_LOCAL=True,
     DEMO_ACCOUNTS=[],
 )
@@ -78,360 +86,492 @@ Bootstrap5(app)
 login_manager = LoginManager(app)
 socketio = SocketIO(
     app,
-    async_mode=ASYNC_MODE,
-    async_handlers=False,  # the events of a connection are handled in the order in which they were sent
+    async_mode="threading",
+    async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_interval=8,  # seconds between two pings; who does not answer one
-    ping_timeout=5,  # within these is gone
+    ping_interval=8,  # a client that has heard no ping for
+    ping_timeout=5,  # the sum of these seconds gives us up; section 7 pings every `ping_timeout`
 )
 
-# 3. State: who has an account, who may enter which room, who is there, what was said ---------------------------------
+# 3. State: who has an account, who may enter which room, who is there, what was said -------------
 
-lock = threading.RLock()  # held from the moment something changes until all who shall hear of it have been told
+lock = threading.RLock()  # held from the moment something changes until all who hear it are told
 news = threading.Condition(lock)  # wakes those who poll and wait
+
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write one, no text can hold it
 
 
 class Refused(HTTPException):
-    """What the rules forbid: the reason, in words for a person, and the HTTP status that means the same."""
+    """What the rules forbid: the reason, in words for a person, and the HTTP status for it."""
 
     def __init__(self, reason, code, **more):
         super().__init__(reason)
-        self.code, self.answer = code, {"ok": False, "error": reason, **more}
+        self.code = code
+        self.answer = {"ok": False, "error": reason, **more}
 
 
-def require(condition, reason, code=400, **more):
+def require(condition, reason, code=400):
+    """Raise Refused with the reason and the HTTP status, unless the condition holds."""
     if not condition:
-        raise Refused(reason, code, **more)
+        raise Refused(reason, code)
 
 
 def text(data, name):
-    """The text that a client sent as data[name]; else Refused."""
+    """Return the text that a client sent as data[name]; Refused if that is no text."""
     value = data.get(name)
-    whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half a character is no text
-    require(whole, f'Send one JSON object in which "{name}" is text.')
+    require(isinstance(value, str), f'Send one JSON object in which "{name}" is text.')
+    require(not HALF_A_CHARACTER.search(value), f'Send whole characters in "{name}".')
     return value
 
 
 class User(UserMixin):
-    """An account. Its token stands for it in cookies and is renewed at log-out: an old cookie opens nothing."""
+    """An account. Its token stands for it in cookies, and is renewed at log-out."""
 
     def __init__(self, id, name, password_hash):
-        self.id, self.name, self.password_hash, self.token = id, name, password_hash, secrets.token_urlsafe()
-        self.said = {}  # key -> id of the message that it was sent with
-        self.allowance, self.counted_at = BURST, 0
+        self.id = id
+        self.name = name
+        self.password_hash = password_hash
+        self.token = secrets.token_urlsafe()
+        self.keys = {}  # key -> id of the message that was sent with it
+        self.allowance = BURST  # messages that the user may say now
+        self.counted_at = 0  # seconds, on the clock of `spend`
 
     def get_id(self):
+        """Return what Flask-Login keeps in the cookie."""
         return self.token
 
     def spend(self, now):
-        """Take one message from the allowance at `now` (seconds); Refused when it is used up."""
-        self.allowance = min(BURST, self.allowance + (now - self.counted_at) * RATE)
+        """Take one message from the allowance at `now` (seconds); Refused if none is left."""
+        earned = (now - self.counted_at) * RATE
+        self.allowance = min(BURST, self.allowance + earned)
         self.counted_at = now
-        wait = math.ceil(1000 * (1 - self.allowance) / RATE) / 1000
-        require(self.allowance >= 1, f"Slow down: {RATE} messages a second are enough.", 429, retry_after=wait)
+        if self.allowance < 1:
+            wait = math.ceil(1000 * (1 - self.allowance) / RATE) / 1000
+            reason = f"Slow down: {RATE} messages a second are enough."
+            raise Refused(reason, 429, retry_after=wait)
         self.allowance -= 1
 
 
 class State:
+    """All that the program knows. Nobody else keeps any of it; call the methods under the lock."""
+
     def __init__(self):
-        self.users, self.tokens = {}, {}  # name in small letters -> User, token -> User
-        self.owners = {"python": None, "flask": None, "staff": "ana"}  # room -> its owner's name
+        self.users = {}  # name in small letters -> User
+        self.tokens = {}  # token -> User
+        self.owners = {"python": None, "flask": None, "staff": TEACHER}  # room -> name
         self.guests = defaultdict(set)  # room -> names of those invited
-        self.here = defaultdict(dict)  # room -> {connection: name}; all who are connected are in the room None
-        self.history = defaultdict(lambda: deque(maxlen=HISTORY + 1))  # room -> messages, one more than is given out
-        self.started = self.last_id = int(time.time() * 1000)  # by the clock: so ids rise over a restart, too
+        self.here = defaultdict(dict)  # room -> {sid: name}; all who are connected are in None
+        # One message more than is given out: so it is known whether there were older ones.
+        self.history = defaultdict(lambda: deque(maxlen=HISTORY + 1))
+        self.started = int(time.time() * 1000)  # by the clock: so ids rise over a restart, too
+        self.last_id = self.started
 
     def register(self, name, password_hash):
-        """Open an account with a room of its own; Refused if there is such a name, whatever the case."""
-        require(name.lower() not in self.users, "That name is taken.", 409)
+        """Open an account with a room of its own; Refused if the name is taken, in any case."""
+        require(not self.user(name), "That name is taken.", 409)
         user = User(len(self.users) + 1, name, password_hash)
-        self.users[name.lower()] = self.tokens[user.token] = user
+        self.users[name.lower()] = user
+        self.tokens[user.token] = user
         self.owners[f"room{user.id}"] = name
         return user
 
+    def user(self, name):
+        """Return the User of that name, in capitals or small letters, or None."""
+        return self.users.get(name.lower())
+
+    def holder(self, token):
+        """Return the User whom the token stands for, or None."""
+        return self.tokens.get(token)
+
     def renew(self, user):
-        """Give the user a new token and return the old one."""
-        old, user.token = user.token, secrets.token_urlsafe()
+        """Give the user a new token, so that the old one opens nothing; return the old one."""
+        old = user.token
+        user.token = secrets.token_urlsafe()
         self.tokens[user.token] = self.tokens.pop(old)
         return old
 
+    def rooms(self, name):
+        """Return (room, its owner or None, whether the user may enter) for each room."""
+        return [(room, owner, self.may_enter(name, room)) for room, owner in self.owners.items()]
+
     def may_enter(self, name, room):
+        """Return whether a user may enter a room that there is."""
         return self.owners[room] in (None, name) or name in self.guests[room]
 
+    def admit(self, name, room):
+        """Refused unless there is such a room and the user may enter it."""
+        require(room in self.owners, "There is no room of that name.", 404)
+        reason = f"{room} is {self.owners[room]}'s, who has not invited you."
+        require(self.may_enter(name, room), reason, 403)
+
     def guest(self, host, room, name):
-        """The name as that user writes it; Refused unless `host` owns the room and the guest is somebody else."""
+        """Return a guest's name as he writes it; Refused unless host owns the room, not he."""
         require(self.owners.get(room) == host, "Only the owner of a room invites and expels.", 403)
-        require(name.lower() in self.users, "There is no user of that name.", 404)
-        require(name.lower() != host.lower(), "You are the owner: nobody invites or expels you.")
-        return self.users[name.lower()].name
+        user = self.user(name)
+        require(user, "There is no user of that name.", 404)
+        require(user.name != host, "You are the owner: nobody invites or expels you.")
+        return user.name
+
+    def invite(self, host, room, name):
+        """Let a user enter the host's room from now on; return his name as he writes it."""
+        guest = self.guest(host, room, name)
+        self.guests[room].add(guest)
+        return guest
+
+    def expel(self, host, room, name):
+        """Withdraw an invitation; return the name of who had it as he writes it."""
+        guest = self.guest(host, room, name)
+        self.guests[room].discard(guest)
+        return guest
+
+    def enter(self, sid, name, room=None):
+        """Note a connection in a room (None: as connected); return whether its user is new."""
+        new = not self.connections(name, room)
+        self.here[room][sid] = name
+        return new
+
+    def exit(self, sid, room=None):
+        """Forget a connection in a room; return its user's name, and whether he is gone."""
+        name = self.here[room].pop(sid)
+        return name, not self.connections(name, room)
+
+    def joined(self, sid):
+        """Return the rooms that a connection has joined."""
+        return [room for room, sids in self.here.items() if room and sid in sids]
 
     def members(self, room):
-        """The names of those in a room, each once, sorted."""
+        """Return the names of those in a room, each once, sorted."""
         return sorted(set(self.here[room].values()))
 
     def connections(self, name, room=None):
-        """The user's connections that are in the room, by default all."""
-        return [connection for connection, owner in self.here[room].items() if owner == name]
+        """Return the user's connections (sids) that are in the room, by default all."""
+        return [sid for sid, owner in self.here[room].items() if owner == name]
 
-    def say(self, user, data, connection=None):
-        """Number and keep data["message"], said in data["room"] or, without a room, to all.
+    def say(self, user, data, sid=None):
+        """Check data["message"], said in data["room"] or, without a room, to all, and keep it.
 
-        Returns its id and the message as those who hear it get it, or None in its place if its key was heard before.
+        Return its id and the message as its hearers get it; None in its place if all have heard
+        it before, with the same key. Refused if it may not be said.
         """
-        key, room = data.get("key"), data.get("room")
-        require(key is None or 1 <= len(text(data, "key")) <= 64, "A key has 1 to 64 characters.")
-        if key in user.said:
-            return user.said[key], None
+        key = data.get("key")
+        if key is not None:
+            require(1 <= len(text(data, "key")) <= 64, "A key has 1 to 64 characters.")
+            if key in user.keys:
+                return user.keys[key], None
         message = text(data, "message").strip()
         require(1 <= len(message) <= 500, "A message has 1 to 500 characters.")
-        joined = room is None or connection in self.here.get(text(data, "room"), ())
-        require(joined, "Only those who have joined a room may speak in it.", 403)
+        room = data.get("room")
+        if room is not None:
+            in_it = text(data, "room") in self.joined(sid)
+            require(in_it, "Only those who have joined a room may speak in it.", 403)
         user.spend(time.monotonic())
+        return self.keep(user, room, message, key)
+
+    def keep(self, user, room, message, key):
+        """Number a message and keep it and its key; return its id and what its hearers get."""
         self.last_id += 1
-        said = {"id": self.last_id, "room": room, "username": user.name, "message": message}
-        said["created_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+        said = {
+            "id": self.last_id,
+            "room": room,
+            "username": user.name,
+            "message": message,
+            "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        }
         self.history[room].append(said)
         if key is not None:
-            user.said[key] = said["id"]
-            if len(user.said) > HISTORY:
-                del user.said[next(iter(user.said))]
-        return said["id"], said
+            user.keys[key] = self.last_id
+            if len(user.keys) > HISTORY:
+                oldest = next(iter(user.keys))
+                del user.keys[oldest]
+        return self.last_id, said
+
+    def newest(self):
+        """Return the id of the last message that was said anywhere."""
+        return self.last_id
 
     def since(self, room, last_id):
-        """A room's messages newer than `last_id`, oldest first, and whether some of them are no longer kept."""
-        newer = [*takewhile(lambda message: message["id"] > last_id, reversed(self.history[room]))]
-        return newer[:HISTORY][::-1], len(newer) > HISTORY or 0 < last_id < self.started
+        """Return a room's messages newer than an id, oldest first, and whether some are gone."""
+        newer = [message for message in self.history[room] if message["id"] > last_id]
+        gap = len(newer) > HISTORY or 0 < last_id < self.started
+        return newer[-HISTORY:], gap
 
 
 state = State()
 
-# 4. Users ------------------------------------------------------------------------------------------------------------
+# 4. Users -----------------------------------------------------------------------------------------
 
+OWN_PATH = re.compile(r"/(?![/\\])[^\x00-\x1f\x7f]*")  # //elsewhere and /\elsewhere lead away
+NAME = re.compile("[A-Za-z0-9_-]{1,20}")
+NO_HASH = generate_password_hash(secrets.token_hex())  # a name unknown takes as long as one known
+TEN_A_MINUTE = RateLimitItemPerMinute(10)
+wrong = strategies.FixedWindowRateLimiter(storage.MemoryStorage())  # passwords, counted
 hashing = threading.Lock()  # one password at a time: each takes 32 MB while it is hashed
-wrong, TEN_A_MINUTE = strategies.FixedWindowRateLimiter(storage.MemoryStorage()), RateLimitItemPerMinute(10)
-NO_HASH = generate_password_hash(secrets.token_hex())  # an unknown name takes as long as a wrong password
 
 
 @login_manager.user_loader
 def load_user(token):
-    return state.tokens.get(token)
+    """Return the User whose token the cookie holds, or None."""
+    return state.holder(token)
 
 
 @login_manager.unauthorized_handler
 def sign_in_first():
+    """Send a page's browser to the log-in, and back to the page after it."""
     require(request.path != "/messages", "Sign in first.", 401)
-    return redirect(url_for("login", next=request.full_path.rstrip("?") if request.method == "GET" else None))
+    came_for = request.full_path.rstrip("?")
+    return redirect(url_for("login", next=came_for if request.method == "GET" else None))
 
 
-def enter(user):
+def sign_in(user):
     """Sign the user in and go on to `next`, if that is a path of this site."""
     login_user(user)
     path = request.values.get("next", "")
-    return redirect(path if re.fullmatch(r"/(?![/\\])[^\x00-\x1f\x7f]*", path) else url_for("index"))
+    if not OWN_PATH.fullmatch(path):
+        path = url_for("index")
+    return redirect(path)
 
 
-@app.route("/login", methods=["GET", "POST"])
+@app.get("/login")
 def login():
-    if request.method == "GET":
-        return render_template("login.html")
+    """Show the form."""
+    return render_template("login.html")
+
+
+@app.post("/login")
+def check_password():
+    """Sign a user in who knows the password; ten wrong ones close the name for the minute."""
     name = g.username = request.form.get("username", "")
     password = request.form.get("password", "")
-    pair = name.lower()[:20], request.remote_addr
-    with hashing:
-        require(wrong.test(TEN_A_MINUTE, *pair), "Ten wrong passwords for this name: wait a minute.", 429)
-        user = state.users.get(name.lower())
-        right = check_password_hash(user.password_hash if user else NO_HASH, password) and user
-        require(right or not wrong.hit(TEN_A_MINUTE, *pair), "Name or password is wrong.", 401)
-    return enter(user)
+    attempts = name.lower()[:20], request.remote_addr
+    with hashing:  # nobody else guesses between the question and the count
+        allowed = wrong.test(TEN_A_MINUTE, *attempts)
+        require(allowed, "Ten wrong passwords for this name: wait a minute.", 429)
+        user = state.user(name)
+        password_hash = user.password_hash if user else NO_HASH
+        right = check_password_hash(password_hash, password)
+        if not right:
+            wrong.hit(TEN_A_MINUTE, *attempts)
+            raise Refused("Name or password is wrong.", 401)
+    return sign_in(user)
 
 
 @app.post("/register")
 def register():
+    """Open an account for who comes with a new name, and sign him in."""
     name = g.username = request.form.get("username", "")
     password = request.form.get("password", "")
-    require(re.fullmatch("[A-Za-z0-9_-]{1,20}", name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
+    require(NAME.fullmatch(name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
     require(len(password) >= 8, "A password has 8 characters or more.")
+    reserved = not ALONE and name.lower() in [*DEMO_ACCOUNTS, TEACHER]
+    require(not reserved, "That name is taken.", 409)
     with hashing:
         password_hash = generate_password_hash(password)
     with lock:
-        return enter(state.register(name, password_hash))
+        user = state.register(name, password_hash)
+    return sign_in(user)
 
 
 @app.post("/logout")
 @login_required
 def logout():
-    """End every session, socket and waiting poll of the user, on all devices."""
+    """End every session, connection and waiting poll of the user, on all devices."""
     with lock:
-        for connection in state.connections(current_user.name):
-            socketio.server.disconnect(connection)
-        hang_up(state.renew(current_user))
+        old_token = state.renew(current_user)
+        hang_up(old_token)
         news.notify_all()
     logout_user()
     return redirect(url_for("login"))
 
 
-# 5. Pages ------------------------------------------------------------------------------------------------------------
+# 5. Pages -----------------------------------------------------------------------------------------
 
 
 @app.get("/")
 @login_required
 def index():
-    return render_template("index.html", last_id=state.last_id)
+    """Show polling beside full duplex."""
+    return render_template("index.html", last_id=state.newest())
 
 
 @app.get("/room")
 @login_required
 def room_page():
+    """Show the rooms, and the handlers that run when somebody uses them."""
     with lock:
-        rooms = [(room, owner, state.may_enter(current_user.name, room)) for room, owner in state.owners.items()]
+        rooms = state.rooms(current_user.name)
     handlers = {handler.__name__: inspect.getsourcelines(handler) for handler in HANDLERS}
     return render_template("room.html", rooms=rooms, handlers=handlers)
 
 
 @app.get("/socket.io.js")
 def socket_io_client():
-    """The browser's Socket.IO client, out of an installed package: a lecture hall may have no network."""
-    return send_file(distribution("nicegui").locate_file("nicegui/static/socket.io.min.js"), max_age=3600)
+    """Serve Socket.IO's browser client from an installed package: there may be no network."""
+    file = distribution("nicegui").locate_file("nicegui/static/socket.io.min.js")
+    return send_file(file, max_age=3600)
 
 
 @app.get("/messages")
 @login_required
 def messages():
-    """The open channel for those who poll: at once or, as a long poll, when there is news within `wait` seconds."""
+    """Answer who polls the open channel, at once or when there is news within `wait` seconds."""
     try:
-        after, wait = int(request.args.get("after", 0)), float(request.args.get("wait", 0))
+        after = int(request.args.get("after", 0))
+        wait = float(request.args.get("wait", 0))
     except ValueError:
         raise Refused('"after" and "wait" are numbers.', 400) from None
     require(not math.isnan(wait), '"wait" is a number of seconds.')
     token = current_user.token
+
+    def something_to_tell():
+        newer, _ = state.since(None, after)
+        return newer or not state.holder(token)
+
     with news:
-        news.wait_for(lambda: token not in state.tokens or state.since(None, after)[0], min(25, wait))
-        found, _ = state.since(None, after)
-    require(token in state.tokens, "You have signed out.", 401)
-    return jsonify(messages=found, last_id=found[-1]["id"] if found else after)
+        news.wait_for(something_to_tell, timeout=min(25, wait))
+        newer, _ = state.since(None, after)
+    require(state.holder(token), "You have signed out.", 401)
+    last_id = newer[-1]["id"] if newer else after
+    return jsonify(messages=newer, last_id=last_id)
 
 
 @app.post("/messages")
 @login_required
 def post_message():
-    """Somebody who holds no socket says something to all; those on sockets hear it like any other message."""
+    """Let somebody who holds no connection say something to all."""
     try:
         data = request.get_json(force=True, silent=True)
-    except RecursionError:
+    except RecursionError:  # ten thousand lists, each in the next
         data = None
-    return jsonify(id=say(data if isinstance(data, dict) else {})), 201
+    require(isinstance(data, dict), "Send one JSON object.")
+    return jsonify(id=say(data)), 201
 
 
 @app.errorhandler(HTTPException)
 def say_why(error):
-    """What went wrong, in the form of the page: the log-in form once more, or JSON for those who poll."""
+    """Say what went wrong in the form of the page: the log-in's, or JSON for those who poll."""
     if request.path in ("/login", "/register"):
         return render_template("login.html", error=error.description), error.code
     if request.path == "/messages":
-        return getattr(error, "answer", {"ok": False, "error": error.description}), error.code
+        answer = {"ok": False, "error": error.description}
+        return getattr(error, "answer", answer), error.code
     return error
 
 
 @app.before_request
 def own_pages_only():
+    """Refuse a form that another site's page sent."""
     g.nonce = secrets.token_urlsafe()
-    require(request.method != "POST" or from_here(request.environ), "This was sent from another site.", 403)
+    require(request.method != "POST" or from_here(), "This was sent from another site.", 403)
 
 
 @app.after_request
 def protect(response):
-    """Nothing runs or loads but what the templates name; no other site frames a page, no disk keeps a copy."""
+    """Let run only what the templates name; no site may frame a page, no disk keep a copy."""
     response.headers["Content-Security-Policy"] = (
-        f"default-src 'none'; script-src 'nonce-{g.nonce}'; style-src 'self' 'nonce-{g.nonce}'; connect-src 'self'; "
-        "img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src 'nonce-{g.nonce}'; style-src 'self' 'nonce-{g.nonce}'; "
+        "connect-src 'self'; img-src 'self' data:; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
     )
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.setdefault("Cache-Control", "no-store")
     return response
 
 
-# 6. Events -----------------------------------------------------------------------------------------------------------
-
-
-@socketio.server.eio.on("message")
-def one_at_a_time(session, data):
-    """All that clients send passes here: the lock is held until the event is handled and its ack is sent."""
-    with lock:
-        if session in socketio.server.environ:  # else it came after the farewell
-            socketio.server._handle_eio_message(session, data)
+# 6. Events ----------------------------------------------------------------------------------------
+#
+# The way of one message, from socket to socket (the number of the section behind each name):
+#
+#     WebSocket.wait      reads a frame, in the thread of the request that opened the line (7)
+#     Connection.receive  takes the lock: one event at a time, until its ack is on its way (7)
+#     Packet.decode       makes sure that it is an event with one JSON object (8)
+#     chat, say           run, as `current_user` and `request.sid` (6)
+#     State.say           asks the rules, numbers the message and keeps it (3)
+#     socketio.emit       hands one packet to each connection in the room (the library)
+#     Connection.send     writes it at once or, to who is slow, leaves it to a writer (7)
+#
+# and what `chat` returns goes back to the speaker as the ack. So a handler may rely on this: no
+# other event is handled meanwhile, and `data` is a dict. `emit` speaks to the connection whose
+# event is handled, alone; `socketio.emit` to a room (`to=`) or, without one, to all.
 
 
 def channel(room):
-    """Socket.IO's name for a room. The prefix keeps it apart from connection ids, which are rooms there, too."""
+    """Return Socket.IO's name for a room: the prefix keeps it apart from sids, rooms there, too."""
     return f"room:{room}" if room else None
 
 
-def say(data, connection=None):
-    """Number a message, keep it and let it be heard, without letting go of the lock: so all hear the same order."""
-    with lock:
-        message_id, message = state.say(current_user, data, connection)
+def private_channel(name):
+    """Return Socket.IO's name for the room that all connections of one user are in."""
+    return f"user:{name}"
+
+
+def my_room(data):
+    """Return the room that an event names; Refused unless this connection has joined it."""
+    room = text(data, "room")
+    require(room in state.joined(request.sid), "You are not in that room.")
+    return room
+
+
+def say(data, sid=None):
+    """Let a message be heard, and return its id; Refused if it may not be said."""
+    with lock:  # from its number until all are told: so everybody hears the same order
+        message_id, message = state.say(current_user, data, sid)
         if message:
-            socketio.emit("chat", message, to=channel(message["room"]))  # to=None: everyone who is connected
+            socketio.emit("chat", message, to=channel(message["room"]))
             news.notify_all()
     return message_id
 
 
-def my_room(data):
-    """The room that an event names; Refused unless this connection has joined it."""
-    room = text(data, "room")
-    require(request.sid in state.here.get(room, ()), "You are not in that room.")
-    return room
-
-
-def take_out(connection, room, reason):
-    """Take a connection out of a room. When it was the user's last one there, the room hears `leave`."""
-    name = state.here[room].pop(connection)
-    leave_room(channel(room), sid=connection, namespace="/")
-    if not state.connections(name, room):
+def take_out(sid, room, reason):
+    """Take a connection out of a room; the room hears `leave` if its user is gone from there."""
+    name, gone = state.exit(sid, room)
+    leave_room(channel(room), sid=sid, namespace="/")
+    if gone:
         left = {"room": room, "username": name, "members": state.members(room), "reason": reason}
-        emit("leave", left, to=channel(room))
+        socketio.emit("leave", left, to=channel(room))
 
 
 @socketio.on("connect")
 def connect(auth=None):
-    """A page opens its connection; nobody hears it. Refused: who is not signed in, or not the one the page shows."""
+    """A page connects; nobody hears it. Refused: who is not signed in, or not whom it shows."""
     if not current_user.is_authenticated:
         raise ConnectionRefusedError("Sign in first.")
     name = current_user.name
     if isinstance(auth, dict) and auth.get("username", name) != name:
         raise ConnectionRefusedError(f"You are signed in as {name} now: load the page again.")
-    state.here[None][request.sid] = name
-    join_room(f"user:{name}")  # a private channel of all the user's connections
+    state.enter(request.sid, name)
+    join_room(private_channel(name))
     print(f"connected: {name}", flush=True)
 
 
 @socketio.on("disconnect")
 def disconnect(reason):
     """A connection ended, politely or not. Each of its rooms hears `leave`."""
-    with lock:
-        for room in [room for room, there in state.here.items() if room and request.sid in there]:
-            take_out(request.sid, room, reason)
-        name = state.here[None].pop(request.sid)
+    for room in state.joined(request.sid):
+        take_out(request.sid, room, reason)
+    name, _ = state.exit(request.sid)
     print(f"disconnected: {name} ({reason})", flush=True)
 
 
 @socketio.on("join")
 def join(data):
-    """A connection enters a room. It alone hears what it missed, as ordinary `chat`; then the room hears `join`."""
-    name, room, last_id = current_user.name, text(data, "room"), data.get("last_id") or 0
-    require(type(last_id) is int and last_id >= 0, '"last_id" is the id of the last message that you heard.')
-    require(room in state.owners, "There is no room of that name.", 404)
-    require(state.may_enter(name, room), f"{room} is {state.owners[room]}'s, who has not invited you.", 403)
+    """A connection enters a room. It alone hears what it missed; then the room hears `join`."""
+    name = current_user.name
+    room = text(data, "room")
+    last_id = data.get("last_id") or 0
+    is_id = type(last_id) is int and last_id >= 0
+    require(is_id, '"last_id" is the id of the last message that you heard.')
+    state.admit(name, room)
     missed, gap = state.since(room, last_id)
     for message in missed:
-        emit("chat", message)  # without `to`: to this connection alone
-    new = not state.connections(name, room)
-    state.here[room][request.sid] = name
+        emit("chat", message)
+    new = state.enter(request.sid, name, room)
     join_room(channel(room))
+    members = state.members(room)
     if new:
-        emit("join", {"room": room, "username": name, "members": state.members(room)}, to=channel(room))
-    return {"ok": True, "room": room, "members": state.members(room), "missed": len(missed), "gap": gap}
+        joined = {"room": room, "username": name, "members": members}
+        socketio.emit("join", joined, to=channel(room))
+    return {"ok": True, "room": room, "members": members, "missed": len(missed), "gap": gap}
 
 
 @socketio.on("leave")
@@ -443,37 +583,39 @@ def leave(data):
 
 @socketio.on("chat")
 def chat(data):
-    """A member says something: the room hears it, the sender included. Without a room everyone connected does."""
+    """A member says something: the room hears it, he too. Without a room all connected do."""
     return {"ok": True, "id": say(data, request.sid)}
 
 
 @socketio.on("typing")
 def typing(data):
-    """A member is typing: the room hears it, but none of the sender's own connections."""
-    name, room = current_user.name, my_room(data)
-    emit("typing", {"room": room, "username": name}, to=channel(room), skip_sid=state.connections(name, room))
+    """A member is typing: the room hears it, but none of his own connections."""
+    name = current_user.name
+    room = my_room(data)
+    own = state.connections(name, room)
+    socketio.emit("typing", {"room": room, "username": name}, to=channel(room), skip_sid=own)
     return {"ok": True}
 
 
 @socketio.on("invite")
 def invite(data):
     """The owner of a room lets somebody in, who hears it on every connection."""
-    host, room = current_user.name, text(data, "room")
-    guest = state.guest(host, room, text(data, "username"))
-    state.guests[room].add(guest)
-    emit("invite", {"room": room, "by": host}, to=f"user:{guest}")
-    return {"ok": True}
+    host = current_user.name
+    room = text(data, "room")
+    guest = state.invite(host, room, text(data, "username"))
+    socketio.emit("invite", {"room": room, "by": host}, to=private_channel(guest))
+    return {"ok": True, "username": guest}
 
 
 @socketio.on("expel")
 def expel(data):
-    """The owner shows somebody the door, who hears it on every connection; the room hears `leave`."""
-    host, room = current_user.name, text(data, "room")
-    guest = state.guest(host, room, text(data, "username"))
-    state.guests[room].discard(guest)
-    emit("expel", {"room": room, "by": host}, to=f"user:{guest}")
-    for connection in state.connections(guest, room):
-        take_out(connection, room, "expelled")
+    """The owner shows somebody the door, who hears it everywhere; the room hears `leave`."""
+    host = current_user.name
+    room = text(data, "room")
+    guest = state.expel(host, room, text(data, "username"))
+    socketio.emit("expel", {"room": room, "by": host}, to=private_channel(guest))
+    for sid in state.connections(guest, room):
+        take_out(sid, room, "expelled")
     return {"ok": True}
 
 
@@ -482,335 +624,290 @@ HANDLERS = connect, disconnect, join, leave, chat, typing, invite, expel
 
 @socketio.on("*")
 def unknown(event, data):
-    """Any other event: nobody hears it."""
-    raise Refused("There is no such event. There are join, leave, chat, typing, invite and expel.", 404)
+    """Somebody sends any other event: nobody hears it."""
+    raise Refused("There are the events join, leave, chat, typing, invite and expel only.", 404)
 
 
 @socketio.on_error_default
 def refuse(error):
-    """What a handler refuses becomes the ack that says why."""
+    """Turn what a handler refuses into the ack that says why."""
     if isinstance(error, Refused):
         return error.answer
     raise error
 
 
-# 7. One frame for a room ---------------------------------------------------------------------------------------------
+# 7. One frame for a room --------------------------------------------------------------------------
 #
-# A broadcast is one message written many times. The library puts it into a queue for each member and wakes a thread for
-# each, which frames it anew. Here it is framed once, and for each member of the room: written, by whoever sends it. Who
-# does not keep up is cut, and comes back with `last_id`. Replaced here, and read in: `Packet`, `Socket`, its
-# `_upgrade_websocket` and the server's `_service_task` of engineio 4.15; `_send_eio_packet` of socketio 5.18; `_thread`
-# and `_handle_events` of simple-websocket 1.1; Flask-SocketIO 5.7 keeps `saved_session`.
+# The library queues a message for each member and wakes a thread for each, which frames it anew.
+# Here its frame is made once and written at once, by whoever sends it, to each WebSocket to which
+# nothing else is under way. All the rest (what did not fit, who polls, who is about to upgrade)
+# takes the library's queue and writer. Read for this: engineio 4.15 and simple-websocket 1.1.
 
-writing = nullcontext() if ASYNC_MODE == "gevent" else lock  # gevent interrupts nobody who does not wait
+
+@lru_cache(maxsize=1)
+def frame(data):
+    """Return the WebSocket frame of a packet (text), made once for all; bytes are one already."""
+    if isinstance(data, bytes):
+        return data
+    return FrameProtocol(client=False, extensions=[]).send_data(data)
 
 
 class EnginePacket(engineio.packet.Packet):
-    @cached_property
-    def frame(self):
-        """This packet as a WebSocket frame: one, however many hear it."""
-        return bytes(FrameProtocol(client=False, extensions=[]).send_data(self.encode()))
+    """A packet of Engine.IO. What is none counts as a goodbye: else it is a traceback."""
 
-
-PING, PONG, NOOP = EnginePacket(2), EnginePacket(3, "probe"), EnginePacket(6)
-GOODBYE = FrameProtocol(client=False, extensions=[]).close(CloseReason.GOING_AWAY)
+    def decode(self, encoded_packet):
+        """Read a packet that came over a transport."""
+        try:
+            super().decode(encoded_packet)
+        except (ValueError, RecursionError):
+            self.packet_type = engineio.packet.CLOSE
 
 
 class WebSocket(simple_websocket.Server):
-    """The server's end of a WebSocket: whole frames, one writer at a time, and nobody waits for another's line."""
+    """The server's end of a WebSocket, read in the thread of the request that opened it."""
 
-    def __init__(self, environ):
-        self.tcp = environ.get("werkzeug.socket") or environ["wsgi.input"].raw._sock  # the latter: gevent
-        self.reader, self.waiting, self.busy_until = threading.get_ident(), deque(), 0
-        no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # a bomb of 0.5 MB would inflate to 500
-        super().__init__(environ | no_deflate | {"werkzeug.socket": self}, max_message_size=MAX_BYTES)
-        self.flush()
-        time.sleep(0.02)  # the answer leaves alone: simple_websocket.Client overlooks what comes with it
-        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same connection, for those who cannot wait
-        self.at_once.setblocking(False)
+    def __init__(self, environ, connection):
+        no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # else 0.5 MB are inflated to 500
+        super().__init__(environ | no_deflate, max_message_size=MAX_BYTES)
+        self.connection = connection
+        self.tcp = self.sock
+        self.now = socket.socket(fileno=self.tcp.fileno())  # the same, for those who cannot wait
+        self.now.setblocking(False)
+        self.sock = SimpleNamespace(send=self.answer)
 
     def _thread(self):
-        """The library would read in a second thread: the one that serves the request does, in `wait`."""
-
-    def send(self, frame):
-        """Write a frame at once, or cut the line. What the reading thread sends waits until it reads again."""
-        try:
-            if self.waiting or threading.get_ident() == self.reader:
-                self.waiting.append(frame)
-                fits = len(self.waiting) <= 2 * HISTORY
-            else:
-                fits = self.at_once.send(frame) == len(frame)
-        except OSError:
-            fits = False
-        if not fits:
-            self.cut()
+        """Do not read in a second thread, as the library would: `wait` does it."""
 
     def wait(self):
-        """Write what waits, at the pace of this line, then read the next packet; None when there is none to come."""
+        """Return the next packet that arrived, even if the line is gone; None after the last."""
         with suppress(OSError, ProtocolError):
-            self.flush()
             while self.connected and not self.input_buffer:
                 received = self.tcp.recv(self.receive_bytes)
-                with lock:
-                    self.ws.receive_data(received or None)
-                    self.connected = self._handle_events()
-                self.flush()
-            return self.input_buffer.pop(0) if self.input_buffer else None
+                self.ws.receive_data(received or None)
+                self.connected = self._handle_events()
+        return self.input_buffer.pop(0) if self.input_buffer else None
 
-    def flush(self):
-        while self.waiting:
-            self.tcp.sendall(frame := self.waiting[0])
-            with lock:
-                self.waiting.popleft()
-            now = time.time()  # 10 KB a second are slow, but not silent: history may take its time
-            self.busy_until = min(now + 30, max(now, self.busy_until) + len(frame) / 10_000)
+    def answer(self, frames):
+        """Send what the library answers by itself, a pong say: between frames, never inside."""
+        if self.connection.upgraded:
+            self.connection.send(EnginePacket(engineio.packet.MESSAGE, frames))
+        else:
+            self.tcp.sendall(frames)
 
-    def end(self):
-        """Say goodbye, if the line still takes it, and close: whichever thread reads or writes it wakes up."""
-        with lock:
-            with suppress(OSError):
-                if self.connected and not self.waiting:
-                    self.at_once.send(GOODBYE)
-            self.at_once.detach()
-        self.cut()
+    def send(self, data):
+        """Write a packet (text) or the rest of a frame (bytes), however slowly it is taken."""
+        self.tcp.sendall(frame(data))
 
-    def cut(self):
+    def close(self):
+        """Shut the TCP connection down: whoever reads or writes it wakes up."""
         with suppress(OSError):
             self.tcp.shutdown(socket.SHUT_RDWR)
 
 
 class Connection(engineio.socket.Socket):
-    """A client's connection. Once it has a WebSocket, what is sent is not queued but written."""
+    """A client's connection. Each method says what fails with the one that it replaces."""
 
-    websocket = None
+    def __init__(self, server, sid):
+        super().__init__(server, sid)
+        self.websocket = None
+        self.idle = False  # nothing waits in the queue, and the writer has written all it took
+
+    def receive(self, packet):
+        """Handle one packet at a time; without the lock who joins in a storm misses messages."""
+        with lock:
+            if self.closed:
+                raise SocketIsClosedError
+            super().receive(packet)
+            if self.queue.qsize() > MAX_WAITING:  # one POST of 2,000 joins would fill gigabytes
+                self.close()
 
     def send(self, packet):
-        with writing:
-            if self.websocket:
-                self.websocket.send(packet.frame)
-            else:
-                self.queue.put(packet)
-
-    def close(self, wait=True, abort=False, reason=None):
+        """Write a packet at once, or queue it; the library wakes a thread for each."""
         with lock:
-            super().close(wait=False, abort=abort, reason=reason)  # nobody waits for a client that may never fetch
-            if self.websocket:
-                self.websocket.end()  # a ping time-out alone would leave it open
-
-    def take(self, data):
-        """Handle one packet that the client sent: a message, the answer to a ping, or its goodbye."""
-        if data[:1] == "4" and len(data) > 1:
-            self.server._trigger_event("message", self.sid, data[1:])
-        elif data == "3":
-            self.schedule_ping()
-        elif data == "1":
-            self.close(abort=True, reason=self.server.reason.CLIENT_DISCONNECT)
-        elif isinstance(data, str) and data[:1] != "b":  # else an attachment: no event has any
-            raise UnknownPacketError
+            if self.upgraded and self.idle:
+                rest = frame(packet.encode())
+                with suppress(OSError):
+                    rest = rest[self.websocket.now.send(rest) :]
+                if not rest:
+                    return
+                packet = EnginePacket(engineio.packet.MESSAGE, rest)
+            self.idle = False
+            self.queue.put(packet)
 
     def poll(self):
-        """What the next poll fetches: 16 packets at most, for the Python client takes no more at a time."""
+        """Return the next packets: 16 at most, for a Python client that polls hangs up at more."""
+        with lock:
+            self.idle = self.queue.empty()
         packets = [self.queue.get()]
         while packets[-1] and len(packets) < 16 and not self.queue.empty():
             packets.append(self.queue.get())
         if packets[-1] is None:  # closed: whoever else polls wakes up, too
             self.queue.put(packets.pop())
+        if self.last_ping:
+            self.last_ping = time.time()  # who takes what waits for him is slow, but not silent
         return packets
 
+    def handle_get_request(self, environ, start_response):
+        """Answer a poll, also during an upgrade: the library answers with nothing, at once."""
+        if "HTTP_UPGRADE" in environ:
+            return self.serve_websocket(environ)
+        return self.poll()
+
     def handle_post_request(self, environ):
-        """Take the packets of one POST."""
+        """Take all packets of a POST; the library throws away a POST of more than 16."""
         body = b""
-        with suppress(OSError):  # nobody any more
+        with suppress(OSError):  # the client has vanished
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        for data in body.decode(errors="surrogateescape").split("\x1e"):  # `text` refuses what was no UTF-8
-            self.take(data)
+        for packet in body.decode(errors="surrogateescape").split("\x1e"):
+            self.receive(EnginePacket(encoded_packet=packet))
 
-    def _upgrade_websocket(self, environ, start_response):
-        """Serve a WebSocket until it ends, in the thread of the request that asked for it."""
+    def serve_websocket(self, environ):
+        """Serve a WebSocket until it ends; a second one would take the connection over."""
+        with lock:
+            if self.websocket:
+                return self.server._bad_request()
+            try:
+                self.websocket = WebSocket(environ, self)
+            except (ProtocolError, UnicodeError, OSError):  # half a handshake
+                return self.server._bad_request()
         try:
-            websocket = WebSocket(environ)
-        except (ProtocolError, UnicodeError, OSError):
-            return self.server._bad_request()
-        try:
-            if not self.connected or self.moves_to(websocket):
-                self.serve(websocket)
+            self._websocket_handler(self.websocket)
         finally:
-            websocket.end()
-        raise BrokenPipeError(errno.EPIPE, "done")  # tells the web server that there is nothing left to answer
-
-    def moves_to(self, websocket):
-        """Whether a polling client upgrades: it sends a probe, gets an answer, ends its poll, and says so."""
-        with lock:
-            if self.upgrading:
-                return False
-            self.upgrading = True  # from here on its polls are answered with nothing
-        if websocket.wait() == "2probe":
-            websocket.send(PONG.frame)
-            self.send(NOOP)  # for the poll that waits
-            self.upgraded = websocket.wait() == "5"
-        self.upgrading = False
-        return self.upgraded
-
-    def serve(self, websocket):
-        with lock:
-            while not self.queue.empty() and (packet := self.queue.get()):
-                websocket.send(packet.frame)
-            self.websocket, self.connected, self.upgraded = websocket, True, True
-        with suppress(EngineIOError):  # what is no packet ends the connection
-            while not self.closed and (data := websocket.wait()) is not None:
-                self.take(data)
-        self.close(abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
+            with lock:
+                self.websocket.now.detach()
+                self.websocket = None
+        raise ConnectionError  # tells the web server that there is nothing left to answer
 
     def schedule_ping(self):
-        """The first packet, or an answer to a ping: `heartbeat` pings again in a while."""
-        self.last_ping, self.ping_at = None, time.time() + self.server.ping_interval
+        """Note an answer to a ping; the library starts a thread for the next one."""
+        self.last_ping = None
 
-    def beat(self, now):
-        """Ping the client when it is time to; end the connection of one that did not answer, or does not fetch."""
-        if self.closed:
-            self.server.sockets.pop(self.sid, None)
-        elif self.queue.qsize() > 10 * HISTORY:
-            self.close()
-        elif not self.last_ping and now > self.ping_at:
-            self.last_ping = now
-            self.send(PING)
-        elif not self.websocket or now > self.websocket.busy_until:
-            self.check_ping_timeout()
+    def check_ping_timeout(self):
+        """Ping, or end who did not answer; engineio asks this every `ping_timeout` seconds."""
+        with lock:
+            if self.closed:
+                return
+            if self.last_ping:
+                super().check_ping_timeout()
+            else:
+                self.last_ping = time.time()
+                self.send(EnginePacket(engineio.packet.PING))
 
-
-def heartbeat():
-    """Once a second, for all connections: one thread, where the library has one for each that waits to ping."""
-    while True:
-        socketio.sleep(1)
-        for connection in [*socketio.server.eio.sockets.values()]:
-            with lock:
-                connection.beat(time.time())
+    def close(self, wait=True, abort=False, reason=None):
+        """Close without waiting for the client, TCP too; the library leaves it open."""
+        with lock:
+            super().close(wait=False, abort=abort, reason=reason)
+            if self.websocket:
+                self.websocket.close()
 
 
-def write(session, packet):
-    """For each member of a room the library calls this."""
-    if connection := socketio.server.eio.sockets.get(session):
-        connection.send(packet)
+engineio.packet.Packet = EnginePacket
+engineio.socket.Socket = Connection
+
+# 8. The door: who may open a connection, and what may come through it -----------------------------
+
+SIZE = re.compile("[0-9]{0,5}")  # -1 would be read for ever
 
 
-class Sessions(SecureCookieSessionInterface):
-    """An event has the session that its connection was opened with: no cookie is read again."""
-
-    def open_session(self, app, request):
-        return request.environ.get("saved_session") or super().open_session(app, request)
-
-
-app.session_interface = Sessions()
-if hasattr(engineio.socket.Socket, "_upgrade_websocket") and hasattr(simple_websocket.Server, "_handle_events"):
-    engineio.packet.Packet, engineio.socket.Socket = EnginePacket, Connection
-    socketio.server.eio._service_task, socketio.server._send_eio_packet = heartbeat, write
-else:
-    print("engineio or simple-websocket has changed: each member's frame is made and queued by the library.")
-    engineio.payload.Payload.max_decode_packets = MAX_BYTES  # by default more than 16 in one POST are thrown away
-
-# 8. The door: who may open a connection, decided before a byte of a body is read; what may come through it -----------
-
-
-def from_here(environ):
-    """Whether no other site's page sent this. X-Forwarded-Host is not asked: anybody can forge it."""
-    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+def from_here():
+    """Return whether no other site's page sent this request."""
+    site = request.headers.get("Sec-Fetch-Site")
     if site:
         return site in ("same-origin", "none")
-    return origin is None or origin.partition("://")[2] == environ.get("HTTP_HOST")
+    origin = request.headers.get("Origin")
+    return origin is None or origin.partition("://")[2] == request.host
+
+
+def check_connection(environ):
+    """Refused unless a signed-in user's own page sent it, to a connection that he opened."""
+    require(from_here(), "This was sent from another site.", 403)
+    require(current_user.is_authenticated, "Sign in first.", 401)
+    environ["REMOTE_USER"] = current_user.token
+    eio_sid = request.args.get("sid")
+    if eio_sid is not None:
+        opened_by = socketio.server.environ.get(eio_sid, {}).get("REMOTE_USER")
+        own = opened_by == current_user.token
+        require(own, "This connection is not yours, or has ended.", 403)
 
 
 def door(environ, start_response, inside=app.wsgi_app):
-    """Let a request to Socket.IO in if a signed-in user's own page sent it, and to a session only who opened it."""
+    """Let a request in or refuse it, before a byte of its body is read."""
     try:
-        # Another site may have had its own name resolved to this machine.
-        name = environ.get("HTTP_HOST", HOST).split(":")[0].lower()
-        require(name in app.config.get("NAMES", [name]), "That is not the name of this server.", 421)
-        length = environ.get("CONTENT_LENGTH", "")
-        sized = re.fullmatch("[0-9]{0,5}", length) and "HTTP_TRANSFER_ENCODING" not in environ
-        if environ["PATH_INFO"].startswith("/socket.io/"):
-            require(from_here(environ), "This was sent from another site.", 403)
-            with app.request_context(environ):
-                environ["REMOTE_USER"] = token = current_user.get_id()
-            require(token, "Sign in first.", 401)
-            if "HTTP_UPGRADE" in environ:
-                environ["HTTP_CONNECTION"] = "Upgrade"  # not to be half asked for
-            session = parse_qs(environ["QUERY_STRING"]).get("sid", [None])[0]
-            opened_by = socketio.server.environ.get(session, {}).get("REMOTE_USER")
-            require(session is None or opened_by == token, "This session is not yours, or has ended.", 403)
-            if session and not sized:
-                socketio.server.eio.disconnect(session)
-        require(sized, "Say how long the body is, and send 64 KB at most.", 413)  # -1 would be read for ever
-    except Refused as refused:
-        return refused(environ, start_response)
+        with app.request_context(environ):
+            sized = SIZE.fullmatch(environ.get("CONTENT_LENGTH", ""))
+            chunked = "HTTP_TRANSFER_ENCODING" in environ
+            require(sized and not chunked, "Say how long the body is, 64 KB at most.", 413)
+            if request.path.startswith("/socket.io/"):
+                check_connection(environ)
+    except HTTPException as refusal:
+        return refusal(environ, start_response)
     return inside(environ, start_response)
 
 
+@socketio.server.eio.on("connect")
+def opened(eio_sid, environ):
+    """A connection opens; not if its user has signed out since the door let it in."""
+    with lock:
+        if not state.holder(environ["REMOTE_USER"]):
+            return False
+        return socketio.server._handle_eio_connect(eio_sid, environ)
+
+
 def hang_up(token):
-    """Close every connection that came in with this token, even one that never got as far as `connect`."""
-    for session, environ in list(socketio.server.environ.items()):
+    """Close every connection that came in with this token, even before its `connect`."""
+    for eio_sid, environ in list(socketio.server.environ.items()):
         if environ.get("REMOTE_USER") == token:
-            socketio.server.eio.disconnect(session)
+            socketio.server.eio.disconnect(eio_sid)
 
 
 class Packet(socketio.server.packet_class):
-    """A Socket.IO packet. Its event has a name that clients may use and one JSON object, whatever was sent."""
+    """A packet of Socket.IO. Its event has a name that clients may use, and one JSON object."""
 
-    def decode(self, encoded):
+    def decode(self, encoded_packet):
+        """Read a packet that a client sent; what is no good event becomes one that is refused."""
         name, values = "", []
-        with suppress(TypeError, ValueError, RecursionError):  # no JSON, or 10,000 lists, each in the next
-            super().decode(encoded)
+        with suppress(TypeError, ValueError, LookupError, RecursionError):
+            super().decode(encoded_packet)
             if self.packet_type in (0, 1, 3):  # CONNECT, DISCONNECT, ACK
                 return
             name, *values = self.data
-        known = isinstance(name, str) and name not in ("connect", "disconnect", "*")
+        if not isinstance(name, str) or name in ("connect", "disconnect", "*"):
+            name = ""
         one_object = len(values) == 1 and isinstance(values[0], dict)
-        self.packet_type, self.data = 2, [name if known else "", values[0] if one_object else {}]
+        self.packet_type = 2  # EVENT
+        self.data = [name, values[0] if one_object else {}]
 
 
 socketio.server.packet_class = Packet
 app.wsgi_app = door
 
-# 9. Run --------------------------------------------------------------------------------------------------------------
+# 9. Run -------------------------------------------------------------------------------------------
 
 
 class Handler(WSGIRequestHandler):
+    """A request to the web server."""
+
     timeout = 30  # seconds that a client may take to send its request
     disable_nagle_algorithm = True  # small frames leave at once
 
     def make_environ(self):
-        """What nobody has read is thrown away in small pieces: Werkzeug would take 10 MB of it at a time."""
+        """Read the head; what nobody reads of a body is thrown away in pieces, not 10 MB each."""
         environ, body = super().make_environ(), self.rfile
         self.rfile = SimpleNamespace(read=lambda size: body.read1(MAX_BYTES), close=body.close)
         return environ
 
     def run_wsgi(self):
+        """Answer; the last frame of a WebSocket is not the next request."""
         with suppress(ValueError):  # a URL that is none
             super().run_wsgi()
-        self.close_connection = True  # the last frame of a WebSocket is not the next request
+        self.close_connection = True
 
     def log_request(self, code="-", size="-"):
-        """No access lines: the events print who comes and goes."""
-
-
-def serve_with_gevent(listener):
-    """The same on gevent: a request, a connection or a poll that waits takes no thread, all take turns in one."""
-    from gevent import pywsgi
-
-    class GeventHandler(pywsgi.WSGIHandler):
-        def handle(self):
-            self.socket.settimeout(Handler.timeout)
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with suppress(OSError):  # nobody any more
-                super().handle()
-
-        def _handle_client_error(self, error):
-            return super()._handle_client_error(ValueError(error))  # of any other kind it prints a traceback
-
-    pywsgi.WSGIServer(listener, app, log=None, error_log=None, handler_class=GeventHandler).serve_forever()
+        """Print no access lines: the events print who comes and goes."""
 
 
 def own_address():
-    """This machine's address in the local network; asking for the way to another sends nothing there."""
+    """Return this machine's address in the local network; nothing is sent to ask for the way."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.connect(("192.0.2.1", 9))
         return way.getsockname()[0]
@@ -818,35 +915,42 @@ def own_address():
 
 
 def welcome():
-    """Say where the server is. Demo accounts have a password that everybody knows: only this machine gets them."""
+    """Make the accounts there are from the start, and print where the server is."""
     address = own_address() if HOST == "0.0.0.0" else HOST
     url = f"http://{address}:{PORT}"
     print(f"Full duplex and rooms: open {url}")
-    if re.fullmatch(r"localhost|127(\.\d+){3}", HOST):
-        app.config.update(NAMES=["localhost", "127.0.0.1", HOST], DEMO_ACCOUNTS=["ana", "luis", "eva"])
-        for name in app.config["DEMO_ACCOUNTS"]:
+    if ALONE:
+        app.config.update(DEMO_ACCOUNTS=DEMO_ACCOUNTS)
+        for name in DEMO_ACCOUNTS:
             state.register(name, generate_password_hash("demo"))
         print("Sign in as ana, luis or eva, password demo: two people, two browsers.")
     else:
-        app.config.update(ADDRESS=address, QR_CODE=segno.make(url))
+        join_url = f"{url}/room?room=python"
+        app.config.update(ADDRESS=address, JOIN_URL=join_url, QR_CODE=segno.make(join_url))
         app.config["QR_CODE"].terminal(compact=True)
+        password = os.environ.get("LECTURER_PASSWORD") or secrets.token_urlsafe(6)
+        state.register(TEACHER, generate_password_hash(password))
         print("Others can reach this address, so there are no demo accounts: everybody registers.")
+        print(f"You are {TEACHER}, password {password}; the room staff is yours.")
     print("Stop with Ctrl+C.", flush=True)
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace")  # a console that cannot show a QR code shows something else
+    """Open the port, say so, and serve until Ctrl+C."""
+    sys.stdout.reconfigure(errors="replace")  # a console that cannot show a QR code
     if not re.fullmatch("[0-9]{1,5}", PORT):
         sys.exit(f"PORT is a number, not {PORT!r}.")
     try:
         listener = socket.create_server((HOST, int(PORT)), backlog=1024)
     except (OSError, OverflowError) as error:
-        sys.exit(f"Cannot listen on {HOST}, port {PORT}: {error}. Set PORT to another number, 5001 for example.")
+        reason = f"Cannot listen on {HOST}, port {PORT}: {error}."
+        sys.exit(f"{reason} Set PORT to another number, 5001 for example.")
     welcome()
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, whoever is connected
-    if ASYNC_MODE == "gevent":
-        serve_with_gevent(listener)
-    make_server(HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()).serve_forever()
+    server = make_server(
+        HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()
+    )
+    server.serve_forever()
 
 
 if __name__ == "__main__":
