@@ -158,7 +158,7 @@ class Wire:
             byte = self.tcp.recv(1)
             assert byte, "the server has hung up"
             head += byte
-        self.status, self.inbox, self.part = int(head.split()[1]), [], ""
+        self.status, self.inbox, self.part, self.bytes = int(head.split()[1]), [], "", 0
         deflate = PerMessageDeflate()
         deflate.finalize("permessage-deflate")
         extensions = [deflate] if b"permessage-deflate" in head else []
@@ -169,6 +169,7 @@ class Wire:
         data = b""
         with suppress(ConnectionError):
             data = self.tcp.recv(65536)
+        self.bytes += len(data)
         self.frames.receive_data(data)
         for event in self.frames.events() if data else ():
             if isinstance(event, TextMessage):
@@ -201,12 +202,14 @@ class Wire:
         return packets
 
 
-def attend(wires, done):
+def attend(wires, done, seconds=60):
     """Read what comes to any of the wires, and answer pings, until done()."""
+    deadline = time.monotonic() + seconds
     with selectors.DefaultSelector() as ears:
         for wire in wires:
             ears.register(wire.tcp, selectors.EVENT_READ, wire)
         while not done():
+            assert time.monotonic() < deadline, "waited in vain"
             for ear, _ in ears.select(0.01):
                 assert ear.data.take(), "the server has hung up"
                 if ear.data.inbox[-1:] == ["2"]:
