@@ -39,6 +39,7 @@ import engineio
 import segno
 import simple_websocket
 from engineio.exceptions import SocketIsClosedError
+from engineio.packet import CLOSE, MESSAGE, PING
 from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
 from flask_bootstrap import Bootstrap5
 from flask_login import (
@@ -51,9 +52,10 @@ from flask_login import (
 )
 from flask_socketio import ConnectionRefusedError, SocketIO, emit, join_room, leave_room
 from limits import RateLimitItemPerMinute, storage, strategies
+from socketio.packet import ACK, CONNECT, DISCONNECT, EVENT
 from werkzeug.exceptions import HTTPException
 from werkzeug.security import check_password_hash, generate_password_hash
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import WSGIRequestHandler, get_interface_ip, make_server
 from wsproto.frame_protocol import FrameProtocol
 from wsproto.utilities import ProtocolError
 
@@ -90,8 +92,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_interval=8,  # a client that has heard no ping for
-    ping_timeout=5,  # the sum of these seconds gives us up; section 7 pings every `ping_timeout`
+    ping_timeout=5,  # seconds from one ping to the next; who has not answered by then is gone
+    ping_interval=8,  # a client that hears none for so long, and `ping_timeout` more, gives us up
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said -------------
@@ -201,15 +203,15 @@ class State:
 
     def admit(self, name, room):
         """Refused unless there is such a room and the user may enter it."""
-        require(room in self.owners, "There is no room of that name.", 404)
+        require(room in self.owners, "There is no room of that name.")
         reason = f"{room} is {self.owners[room]}'s, who has not invited you."
-        require(self.may_enter(name, room), reason, 403)
+        require(self.may_enter(name, room), reason)
 
     def guest(self, host, room, name):
         """Return a guest's name as he writes it; Refused unless host owns the room, not he."""
-        require(self.owners.get(room) == host, "Only the owner of a room invites and expels.", 403)
+        require(self.owners.get(room) == host, "Only the owner of a room invites and expels.")
         user = self.user(name)
-        require(user, "There is no user of that name.", 404)
+        require(user, "There is no user of that name.")
         require(user.name != host, "You are the owner: nobody invites or expels you.")
         return user.name
 
@@ -257,16 +259,21 @@ class State:
         key = data.get("key")
         if key is not None:
             require(1 <= len(text(data, "key")) <= 64, "A key has 1 to 64 characters.")
-            if key in user.keys:
-                return user.keys[key], None
+            known = self.sent_with(user, key)
+            if known:
+                return known, None
         message = text(data, "message").strip()
         require(1 <= len(message) <= 500, "A message has 1 to 500 characters.")
         room = data.get("room")
         if room is not None:
-            in_it = text(data, "room") in self.joined(sid)
-            require(in_it, "Only those who have joined a room may speak in it.", 403)
+            joined = text(data, "room") in self.joined(sid)
+            require(joined, "Only those who have joined a room may speak in it.", 403)
         user.spend(time.monotonic())
         return self.keep(user, room, message, key)
+
+    def sent_with(self, user, key):
+        """Return the id of the message that a user has sent with this key, or None."""
+        return user.keys.get(key)
 
     def keep(self, user, room, message, key):
         """Number a message and keep it and its key; return its id and what its hearers get."""
@@ -319,8 +326,10 @@ def load_user(token):
 def sign_in_first():
     """Send a page's browser to the log-in, and back to the page after it."""
     require(request.path != "/messages", "Sign in first.", 401)
-    came_for = request.full_path.rstrip("?")
-    return redirect(url_for("login", next=came_for if request.method == "GET" else None))
+    came_for = None
+    if request.method == "GET":
+        came_for = request.full_path.rstrip("?")
+    return redirect(url_for("login", next=came_for))
 
 
 def sign_in(user):
@@ -341,8 +350,9 @@ def login():
 @app.post("/login")
 def check_password():
     """Sign a user in who knows the password; ten wrong ones close the name for the minute."""
-    name = g.username = request.form.get("username", "")
+    name = request.form.get("username", "")
     password = request.form.get("password", "")
+    g.username = name  # stays in the form if this is refused
     attempts = name.lower()[:20], request.remote_addr
     with hashing:  # nobody else guesses between the question and the count
         allowed = wrong.test(TEN_A_MINUTE, *attempts)
@@ -359,12 +369,12 @@ def check_password():
 @app.post("/register")
 def register():
     """Open an account for who comes with a new name, and sign him in."""
-    name = g.username = request.form.get("username", "")
+    name = request.form.get("username", "")
     password = request.form.get("password", "")
+    g.username = name  # stays in the form if this is refused
     require(NAME.fullmatch(name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
     require(len(password) >= 8, "A password has 8 characters or more.")
-    reserved = not ALONE and name.lower() in [*DEMO_ACCOUNTS, TEACHER]
-    require(not reserved, "That name is taken.", 409)
+    require(name.lower() not in [*DEMO_ACCOUNTS, TEACHER], "That name is taken.", 409)
     with hashing:
         password_hash = generate_password_hash(password)
     with lock:
@@ -377,6 +387,8 @@ def register():
 def logout():
     """End every session, connection and waiting poll of the user, on all devices."""
     with lock:
+        for sid in state.connections(current_user.name):
+            socketio.server.disconnect(sid)
         old_token = state.renew(current_user)
         hang_up(old_token)
         news.notify_all()
@@ -624,8 +636,9 @@ HANDLERS = connect, disconnect, join, leave, chat, typing, invite, expel
 
 @socketio.on("*")
 def unknown(event, data):
-    """Somebody sends any other event: nobody hears it."""
-    raise Refused("There are the events join, leave, chat, typing, invite and expel only.", 404)
+    """Somebody sends anything else: nobody hears it."""
+    events = "join, leave, chat, typing, invite or expel"
+    raise Refused(f"Send one of the events {events}, with one JSON object.", 400)
 
 
 @socketio.on_error_default
@@ -649,7 +662,7 @@ def frame(data):
     """Return the WebSocket frame of a packet (text), made once for all; bytes are one already."""
     if isinstance(data, bytes):
         return data
-    return FrameProtocol(client=False, extensions=[]).send_data(data)
+    return bytes(FrameProtocol(client=False, extensions=[]).send_data(data))
 
 
 class EnginePacket(engineio.packet.Packet):
@@ -659,21 +672,22 @@ class EnginePacket(engineio.packet.Packet):
         """Read a packet that came over a transport."""
         try:
             super().decode(encoded_packet)
+            if self.packet_type == MESSAGE and not self.data:
+                raise ValueError("nothing in it")
         except (ValueError, RecursionError):
-            self.packet_type = engineio.packet.CLOSE
+            self.packet_type = CLOSE
 
 
 class WebSocket(simple_websocket.Server):
     """The server's end of a WebSocket, read in the thread of the request that opened it."""
 
-    def __init__(self, environ, connection):
+    def __init__(self, environ):
         no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # else 0.5 MB are inflated to 500
         super().__init__(environ | no_deflate, max_message_size=MAX_BYTES)
-        self.connection = connection
-        self.tcp = self.sock
-        self.now = socket.socket(fileno=self.tcp.fileno())  # the same, for those who cannot wait
-        self.now.setblocking(False)
-        self.sock = SimpleNamespace(send=self.answer)
+        # What a slow client has not taken waits in its queue, not in the kernel: so we know of it.
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
+        self.at_once = socket.socket(fileno=self.sock.fileno())  # the same, for who cannot wait
+        self.at_once.setblocking(False)
 
     def _thread(self):
         """Do not read in a second thread, as the library would: `wait` does it."""
@@ -682,26 +696,19 @@ class WebSocket(simple_websocket.Server):
         """Return the next packet that arrived, even if the line is gone; None after the last."""
         with suppress(OSError, ProtocolError):
             while self.connected and not self.input_buffer:
-                received = self.tcp.recv(self.receive_bytes)
+                received = self.sock.recv(self.receive_bytes)
                 self.ws.receive_data(received or None)
                 self.connected = self._handle_events()
         return self.input_buffer.pop(0) if self.input_buffer else None
 
-    def answer(self, frames):
-        """Send what the library answers by itself, a pong say: between frames, never inside."""
-        if self.connection.upgraded:
-            self.connection.send(EnginePacket(engineio.packet.MESSAGE, frames))
-        else:
-            self.tcp.sendall(frames)
-
     def send(self, data):
         """Write a packet (text) or the rest of a frame (bytes), however slowly it is taken."""
-        self.tcp.sendall(frame(data))
+        self.sock.sendall(frame(data))
 
     def close(self):
         """Shut the TCP connection down: whoever reads or writes it wakes up."""
         with suppress(OSError):
-            self.tcp.shutdown(socket.SHUT_RDWR)
+            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 class Connection(engineio.socket.Socket):
@@ -727,10 +734,11 @@ class Connection(engineio.socket.Socket):
             if self.upgraded and self.idle:
                 rest = frame(packet.encode())
                 with suppress(OSError):
-                    rest = rest[self.websocket.now.send(rest) :]
+                    sent = self.websocket.at_once.send(rest)
+                    rest = rest[sent:]
                 if not rest:
                     return
-                packet = EnginePacket(engineio.packet.MESSAGE, rest)
+                packet = EnginePacket(MESSAGE, rest)
             self.idle = False
             self.queue.put(packet)
 
@@ -748,10 +756,25 @@ class Connection(engineio.socket.Socket):
         return packets
 
     def handle_get_request(self, environ, start_response):
-        """Answer a poll, also during an upgrade: the library answers with nothing, at once."""
-        if "HTTP_UPGRADE" in environ:
-            return self.serve_websocket(environ)
-        return self.poll()
+        """Answer a poll, also during an upgrade: the library answers with nothing, at once.
+
+        Or serve a WebSocket until it ends; a second one would take the connection over.
+        """
+        if "HTTP_UPGRADE" not in environ:
+            return self.poll()
+        with lock:
+            if self.websocket:
+                return self.server._bad_request()
+            try:
+                self.websocket = WebSocket(environ)
+            except (ProtocolError, OSError):  # half a handshake
+                return self.server._bad_request()
+        try:
+            self._websocket_handler(self.websocket)
+        finally:
+            with lock:
+                self.websocket.at_once.detach()
+        raise ConnectionError  # tells the web server that there is nothing left to answer
 
     def handle_post_request(self, environ):
         """Take all packets of a POST; the library throws away a POST of more than 16."""
@@ -760,23 +783,6 @@ class Connection(engineio.socket.Socket):
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         for packet in body.decode(errors="surrogateescape").split("\x1e"):
             self.receive(EnginePacket(encoded_packet=packet))
-
-    def serve_websocket(self, environ):
-        """Serve a WebSocket until it ends; a second one would take the connection over."""
-        with lock:
-            if self.websocket:
-                return self.server._bad_request()
-            try:
-                self.websocket = WebSocket(environ, self)
-            except (ProtocolError, UnicodeError, OSError):  # half a handshake
-                return self.server._bad_request()
-        try:
-            self._websocket_handler(self.websocket)
-        finally:
-            with lock:
-                self.websocket.now.detach()
-                self.websocket = None
-        raise ConnectionError  # tells the web server that there is nothing left to answer
 
     def schedule_ping(self):
         """Note an answer to a ping; the library starts a thread for the next one."""
@@ -791,7 +797,7 @@ class Connection(engineio.socket.Socket):
                 super().check_ping_timeout()
             else:
                 self.last_ping = time.time()
-                self.send(EnginePacket(engineio.packet.PING))
+                self.send(EnginePacket(PING))
 
     def close(self, wait=True, abort=False, reason=None):
         """Close without waiting for the client, TCP too; the library leaves it open."""
@@ -810,12 +816,13 @@ SIZE = re.compile("[0-9]{0,5}")  # -1 would be read for ever
 
 
 def from_here():
-    """Return whether no other site's page sent this request."""
+    """Return whether no other site's page sent this request; Werkzeug refuses a strange Host."""
+    host = request.host
     site = request.headers.get("Sec-Fetch-Site")
     if site:
         return site in ("same-origin", "none")
     origin = request.headers.get("Origin")
-    return origin is None or origin.partition("://")[2] == request.host
+    return origin is None or origin.partition("://")[2] == host
 
 
 def check_connection(environ):
@@ -865,17 +872,16 @@ class Packet(socketio.server.packet_class):
 
     def decode(self, encoded_packet):
         """Read a packet that a client sent; what is no good event becomes one that is refused."""
-        name, values = "", []
         with suppress(TypeError, ValueError, LookupError, RecursionError):
             super().decode(encoded_packet)
-            if self.packet_type in (0, 1, 3):  # CONNECT, DISCONNECT, ACK
+        if self.packet_type in (CONNECT, DISCONNECT, ACK):
+            return
+        self.packet_type = EVENT
+        match self.data:
+            case [str(name), dict()] if name not in ("connect", "disconnect", "*"):
                 return
-            name, *values = self.data
-        if not isinstance(name, str) or name in ("connect", "disconnect", "*"):
-            name = ""
-        one_object = len(values) == 1 and isinstance(values[0], dict)
-        self.packet_type = 2  # EVENT
-        self.data = [name, values[0] if one_object else {}]
+            case _:
+                self.data = ["", {}]
 
 
 socketio.server.packet_class = Packet
@@ -906,17 +912,9 @@ class Handler(WSGIRequestHandler):
         """Print no access lines: the events print who comes and goes."""
 
 
-def own_address():
-    """Return this machine's address in the local network; nothing is sent to ask for the way."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-        way.connect(("192.0.2.1", 9))
-        return way.getsockname()[0]
-    return "127.0.0.1"
-
-
 def welcome():
     """Make the accounts there are from the start, and print where the server is."""
-    address = own_address() if HOST == "0.0.0.0" else HOST
+    address = get_interface_ip(socket.AF_INET) if HOST == "0.0.0.0" else HOST
     url = f"http://{address}:{PORT}"
     print(f"Full duplex and rooms: open {url}")
     if ALONE:
@@ -938,11 +936,9 @@ def welcome():
 def main():
     """Open the port, say so, and serve until Ctrl+C."""
     sys.stdout.reconfigure(errors="replace")  # a console that cannot show a QR code
-    if not re.fullmatch("[0-9]{1,5}", PORT):
-        sys.exit(f"PORT is a number, not {PORT!r}.")
     try:
         listener = socket.create_server((HOST, int(PORT)), backlog=1024)
-    except (OSError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         reason = f"Cannot listen on {HOST}, port {PORT}: {error}."
         sys.exit(f"{reason} Set PORT to another number, 5001 for example.")
     welcome()
