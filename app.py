@@ -71,7 +71,7 @@ HISTORY = 500  # messages that a room remembers, keys that a user's
 RATE = 20  # messages that a user may say in a second
 BURST = 60  # messages that a user may say at once
 MAX_BYTES = 64 * 1024  # of one packet, one form
-MAX_WAITING = 4 * HISTORY  # packets that wait for a client to take them
+MAX_WAITING = 6 * HISTORY  # packets that wait for a client to take them
 PATIENCE = 5  # seconds that the answer to a ping may take
 
 app = Flask(__name__)
@@ -701,8 +701,8 @@ class WebSocket(simple_websocket.Server):
         return self.input_buffer.pop(0) if self.input_buffer else None
 
     def answer(self, frames):
-        """Send the library's answer to a ping by the way of packets: never inside a frame."""
-        if self.connection.upgraded:
+        """Send the library's answer to a ping between two frames; who takes nothing gets none."""
+        if self.connection.upgraded and self.connection.idle:
             self.connection.send(EnginePacket(MESSAGE, bytes(frames)))
 
     def send(self, data):
@@ -903,7 +903,7 @@ app.wsgi_app = door
 class Handler(WSGIRequestHandler):
     """A request to the web server."""
 
-    timeout = 30  # seconds that a client may take to send its request
+    timeout = 30  # seconds that a client may be silent in the midst of a request
     disable_nagle_algorithm = True  # small frames leave at once
 
     def make_environ(self):
