@@ -833,6 +833,9 @@ def check_connection(environ):
     """Refused unless a signed-in user's own page sent it, to a connection that he opened."""
     require(from_here(), "This was sent from another site.", 403)
     require(current_user.is_authenticated, "Sign in first.", 401)
+    length = environ.get("CONTENT_LENGTH") or "0"
+    sized = SIZE.fullmatch(length) and "HTTP_TRANSFER_ENCODING" not in environ
+    require(sized and int(length) <= MAX_BYTES, "Send 64 KB at most, and say how much.", 413)
     environ["REMOTE_USER"] = current_user.token
     eio_sid = request.args.get("sid")
     if eio_sid is not None:
@@ -846,10 +849,6 @@ def door(environ, start_response, inside=app.wsgi_app):
     try:
         with app.request_context(environ):
             require(request.host, "Say which host you want.")  # Refused if not in TRUSTED_HOSTS
-            length = environ.get("CONTENT_LENGTH") or "0"
-            sized = SIZE.fullmatch(length) and "HTTP_TRANSFER_ENCODING" not in environ
-            require(sized, "Say how long the body is.", 413)
-            require(int(length) <= MAX_BYTES, "Send 64 KB at most.", 413)
             if request.path.startswith("/socket.io/"):
                 check_connection(environ)
     except HTTPException as refusal:
