@@ -2342,7 +2342,7 @@ def test_a_tab_that_slept_has_everything_once_when_it_wakes(server, browser):
 
 
 def join(page, room="python"):
-    press(page, f"Join {room}")
+    press(ready(page), f"Join {room}")
     expect(page.get_by_role("button", name=f"Leave {room}")).to_be_visible()
 
 
