@@ -93,8 +93,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_timeout=6,  # seconds between two visits of engineio's service task, which pings: section 7
-    ping_interval=12,  # seconds; a client that hears no ping for the sum of both gives us up
+    ping_interval=10,  # seconds at least from one ping to the next
+    ping_timeout=6,  # seconds between two visits of engineio's service task: see section 7
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said -------------
@@ -721,6 +721,7 @@ class Connection(engineio.socket.Socket):
     def __init__(self, server, sid):
         super().__init__(server, sid)
         self.websocket = None
+        self.ping_at = 0  # the time of the next ping
         self.idle = False  # nothing waits in the queue, and the writer has written all it took
 
     def receive(self, packet):
@@ -794,15 +795,17 @@ class Connection(engineio.socket.Socket):
         self.last_ping = None
 
     def check_ping_timeout(self):
-        """Ping, and end who has not answered the last ping: engineio's service task asks this."""
+        """Ping if it is time to, end who has not answered: engineio's service task asks this."""
+        now = time.time()
         with lock:
             if self.closed:
                 return
-            if not self.last_ping:
-                self.last_ping = time.time()
-                self.send(EnginePacket(PING))
-            elif time.time() - self.last_ping > PATIENCE:
+            if self.last_ping and now - self.last_ping > PATIENCE:
                 self.close(reason=self.server.reason.PING_TIMEOUT)
+            elif not self.last_ping and now > self.ping_at:
+                self.last_ping = now
+                self.ping_at = now + self.server.ping_interval
+                self.send(EnginePacket(PING))
 
     def close(self, wait=True, abort=False, reason=None):
         """Close without waiting for the client, TCP too; the library leaves it open."""
