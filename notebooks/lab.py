@@ -1,6 +1,7 @@
 """What notebooks and tests both need: a server, a log-in, a cable, a light client."""
 
 import os
+import selectors
 import socket
 import subprocess
 import sys
@@ -95,8 +96,7 @@ class Relay:
     def __init__(self, *ports, delay=0):
         self.targets, self.target = cycle(ports), ports[0]
         self.delay, self.open, self.silent = delay, True, False
-        self.lines = []  # the bytes that passed on each line: (up, down)
-        self.ends = []  # the TCP connections that are open
+        self.lines, self.ends = [], []  # what passed on each line: (up, down); what is connected
         self.listener = socket.create_server((ME, 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://{ME}:{self.port}"
@@ -111,17 +111,22 @@ class Relay:
                 continue
             self.lines.append((up := bytearray(), down := bytearray()))
             self.ends += near, far
-            Thread(target=self.carry, args=(near, far, up), daemon=True).start()
-            Thread(target=self.carry, args=(far, near, down), daemon=True).start()
+            for line in (near, far, up), (far, near, down):
+                Thread(target=self.carry, args=line, daemon=True).start()
 
     def carry(self, one, other, passed):
         with suppress(OSError):
             while data := one.recv(65536):
                 time.sleep(self.delay)
                 until(lambda: not self.silent, float("inf"))
-                other.sendall(data)
                 passed += data
+                other.sendall(data)
         hang_up(one, other)
+
+    def first_line(self):
+        """The first line of text that went up to the server."""
+        lines = until(lambda: [up for up, down in self.lines if up])
+        return lines[0].partition(b"\r\n")[0].decode()
 
     def cut(self):
         """Cut every line there is. What is on its way is lost."""
@@ -159,7 +164,7 @@ class Wire:
             byte = self.tcp.recv(1)
             assert byte, "the server has hung up"
             head += byte
-        self.status, self.inbox, self.part = int(head.split()[1]), [], ""
+        self.status, self.inbox, self.part, self.bytes = int(head.split()[1]), [], "", 0
         deflate = PerMessageDeflate()
         deflate.finalize("permessage-deflate")
         extensions = [deflate] if b"permessage-deflate" in head else []
@@ -170,6 +175,7 @@ class Wire:
         data = b""
         with suppress(ConnectionError):
             data = self.tcp.recv(65536)
+        self.bytes += len(data)
         self.frames.receive_data(data)
         for event in self.frames.events() if data else ():
             if isinstance(event, TextMessage):
@@ -200,3 +206,27 @@ class Wire:
             if packets[-1] == "2":
                 self.send("3")
         return packets
+
+
+def attend(wires, done, seconds=60):
+    """Read what comes to any of the wires, and answer pings, until done()."""
+    deadline = time.monotonic() + seconds
+    with selectors.DefaultSelector() as ears:
+        for wire in wires:
+            ears.register(wire.tcp, selectors.EVENT_READ, wire)
+        while not done():
+            assert time.monotonic() < deadline, "waited in vain"
+            for ear, _ in ears.select(0.01):
+                assert ear.data.take(), "the server has hung up"
+                if ear.data.inbox[-1:] == ["2"]:
+                    ear.data.send("3")
+                    ear.data.inbox.pop()
+
+
+def check(answers, **tasks):
+    """Say of each exercise whether its answer, one of a notebook's globals(), is right."""
+    for name, right in tasks.items():
+        try:
+            print(name, "is right." if right(answers[name]) else "is there, but not right yet.")
+        except Exception as error:
+            print(name, f"fails: {error!r}" if name in answers else "is still missing.")
