@@ -72,6 +72,7 @@ RATE = 20  # messages that a user may say in a second
 BURST = 60  # messages that a user may say at once
 MAX_BYTES = 64 * 1024  # of one packet, one form
 MAX_WAITING = 10 * HISTORY  # packets that wait for a client to take them
+PATIENCE = 5  # seconds that the answer to a ping may take
 
 app = Flask(__name__)
 app.config.update(
@@ -92,8 +93,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_timeout=5,  # seconds from one ping to the next; who has not answered by then is gone
-    ping_interval=8,  # a client that hears none for so long, and `ping_timeout` more, gives us up
+    ping_interval=8,  # seconds; a client that hears no ping for this and the next gives us up
+    ping_timeout=8,  # seconds between two visits of engineio's service task, see section 7
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said -------------
@@ -551,6 +552,7 @@ def connect(auth=None):
     name = current_user.name
     if isinstance(auth, dict) and auth.get("username", name) != name:
         raise ConnectionRefusedError(f"You are signed in as {name} now: load the page again.")
+    request.environ.pop("HTTP_COOKIE", None)  # the session is kept: no event opens it again
     state.enter(request.sid, name)
     join_room(private_channel(name))
     print(f"connected: {name}", flush=True)
@@ -574,10 +576,10 @@ def join(data):
     is_id = type(last_id) is int and last_id >= 0
     require(is_id, '"last_id" is the id of the last message that you heard.')
     state.admit(name, room)
+    new = state.enter(request.sid, name, room)
     missed, gap = state.since(room, last_id)
     for message in missed:
         emit("chat", message)
-    new = state.enter(request.sid, name, room)
     join_room(channel(room))
     members = state.members(room)
     if new:
@@ -681,13 +683,16 @@ class EnginePacket(engineio.packet.Packet):
 class WebSocket(simple_websocket.Server):
     """The server's end of a WebSocket, read in the thread of the request that opened it."""
 
-    def __init__(self, environ):
-        no_deflate = {"HTTP_SEC_WEBSOCKET_EXTENSIONS": ""}  # else 0.5 MB are inflated to 500
-        super().__init__(environ | no_deflate, max_message_size=MAX_BYTES)
+    def __init__(self, environ, connection):
+        environ["HTTP_SEC_WEBSOCKET_EXTENSIONS"] = ""  # no deflate: 0.5 MB would inflate to 500
+        super().__init__(environ, max_message_size=MAX_BYTES)
+        self.connection = connection
+        self.tcp = self.sock
         # What a slow client has not taken waits in its queue, not in the kernel: so we know of it.
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
-        self.at_once = socket.socket(fileno=self.sock.fileno())  # the same, for who cannot wait
+        self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
+        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same, for who cannot wait
         self.at_once.setblocking(False)
+        self.sock = SimpleNamespace(send=self.answer)
 
     def _thread(self):
         """Do not read in a second thread, as the library would: `wait` does it."""
@@ -696,19 +701,24 @@ class WebSocket(simple_websocket.Server):
         """Return the next packet that arrived, even if the line is gone; None after the last."""
         with suppress(OSError, ProtocolError):
             while self.connected and not self.input_buffer:
-                received = self.sock.recv(self.receive_bytes)
+                received = self.tcp.recv(self.receive_bytes)
                 self.ws.receive_data(received or None)
                 self.connected = self._handle_events()
         return self.input_buffer.pop(0) if self.input_buffer else None
 
+    def answer(self, frames):
+        """Send the library's answer to a ping by the way of packets: never inside a frame."""
+        if self.connection.upgraded:
+            self.connection.send(EnginePacket(MESSAGE, bytes(frames)))
+
     def send(self, data):
         """Write a packet (text) or the rest of a frame (bytes), however slowly it is taken."""
-        self.sock.sendall(frame(data))
+        self.tcp.sendall(frame(data))
 
     def close(self):
         """Shut the TCP connection down: whoever reads or writes it wakes up."""
         with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self.tcp.shutdown(socket.SHUT_RDWR)
 
 
 class Connection(engineio.socket.Socket):
@@ -732,13 +742,14 @@ class Connection(engineio.socket.Socket):
         """Write a packet at once, or queue it; the library wakes a thread for each."""
         with lock:
             if self.upgraded and self.idle:
-                rest = frame(packet.encode())
-                with suppress(OSError):
-                    sent = self.websocket.at_once.send(rest)
-                    rest = rest[sent:]
-                if not rest:
+                data = frame(packet.encode())
+                try:
+                    sent = self.websocket.at_once.send(data)
+                except OSError:  # it takes nothing now, or never again
+                    sent = 0
+                if sent == len(data):
                     return
-                packet = EnginePacket(MESSAGE, rest)
+                packet = EnginePacket(MESSAGE, data[sent:])
             self.idle = False
             self.queue.put(packet)
 
@@ -766,7 +777,7 @@ class Connection(engineio.socket.Socket):
             if self.websocket:
                 return self.server._bad_request()
             try:
-                self.websocket = WebSocket(environ)
+                self.websocket = WebSocket(environ, self)
             except (ProtocolError, OSError):  # half a handshake
                 return self.server._bad_request()
         try:
@@ -789,15 +800,15 @@ class Connection(engineio.socket.Socket):
         self.last_ping = None
 
     def check_ping_timeout(self):
-        """Ping, or end who did not answer; engineio asks this every `ping_timeout` seconds."""
+        """Ping, and end who has not answered the last ping: engineio's service task asks this."""
         with lock:
             if self.closed:
                 return
-            if self.last_ping:
-                super().check_ping_timeout()
-            else:
+            if not self.last_ping:
                 self.last_ping = time.time()
                 self.send(EnginePacket(PING))
+            elif time.time() - self.last_ping > PATIENCE:
+                self.close(reason=self.server.reason.PING_TIMEOUT)
 
     def close(self, wait=True, abort=False, reason=None):
         """Close without waiting for the client, TCP too; the library leaves it open."""
@@ -816,13 +827,12 @@ SIZE = re.compile("[0-9]{0,5}")  # -1 would be read for ever
 
 
 def from_here():
-    """Return whether no other site's page sent this request; Werkzeug refuses a strange Host."""
-    host = request.host
+    """Return whether no other site's page sent this request."""
     site = request.headers.get("Sec-Fetch-Site")
     if site:
         return site in ("same-origin", "none")
     origin = request.headers.get("Origin")
-    return origin is None or origin.partition("://")[2] == host
+    return origin is None or origin.partition("://")[2] == request.host
 
 
 def check_connection(environ):
@@ -841,6 +851,7 @@ def door(environ, start_response, inside=app.wsgi_app):
     """Let a request in or refuse it, before a byte of its body is read."""
     try:
         with app.request_context(environ):
+            require(request.host, "Say which host you want.")  # Refused if not in TRUSTED_HOSTS
             sized = SIZE.fullmatch(environ.get("CONTENT_LENGTH", ""))
             chunked = "HTTP_TRANSFER_ENCODING" in environ
             require(sized and not chunked, "Say how long the body is, 64 KB at most.", 413)
@@ -920,14 +931,16 @@ def welcome():
     if ALONE:
         app.config.update(DEMO_ACCOUNTS=DEMO_ACCOUNTS)
         for name in DEMO_ACCOUNTS:
-            state.register(name, generate_password_hash("demo"))
+            with suppress(Refused):  # a State may outlive the process
+                state.register(name, generate_password_hash("demo"))
         print("Sign in as ana, luis or eva, password demo: two people, two browsers.")
     else:
         join_url = f"{url}/room?room=python"
         app.config.update(ADDRESS=address, JOIN_URL=join_url, QR_CODE=segno.make(join_url))
         app.config["QR_CODE"].terminal(compact=True)
         password = os.environ.get("LECTURER_PASSWORD") or secrets.token_urlsafe(6)
-        state.register(TEACHER, generate_password_hash(password))
+        with suppress(Refused):
+            state.register(TEACHER, generate_password_hash(password))
         print("Others can reach this address, so there are no demo accounts: everybody registers.")
         print(f"You are {TEACHER}, password {password}; the room staff is yours.")
     print("Stop with Ctrl+C.", flush=True)
