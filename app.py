@@ -71,7 +71,7 @@ HISTORY = 500  # messages that a room remembers, keys that a user's
 RATE = 20  # messages that a user may say in a second
 BURST = 60  # messages that a user may say at once
 MAX_BYTES = 64 * 1024  # of one packet, one form
-MAX_WAITING = 10 * HISTORY  # packets that wait for a client to take them
+MAX_WAITING = 4 * HISTORY  # packets that wait for a client to take them
 PATIENCE = 5  # seconds that the answer to a ping may take
 
 app = Flask(__name__)
@@ -93,8 +93,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_interval=8,  # seconds; a client that hears no ping for this and the next gives us up
-    ping_timeout=8,  # seconds between two visits of engineio's service task, see section 7
+    ping_timeout=8,  # seconds between two visits of engineio's service task, which pings: section 7
+    ping_interval=12,  # seconds; a client that hears no ping for the sum of both gives us up
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said -------------
@@ -388,11 +388,9 @@ def register():
 def logout():
     """End every session, connection and waiting poll of the user, on all devices."""
     with lock:
-        for sid in state.connections(current_user.name):
-            socketio.server.disconnect(sid)
+        sids = state.connections(current_user.name)
         old_token = state.renew(current_user)
-        hang_up(old_token)
-        news.notify_all()
+        hang_up(sids, old_token)
     logout_user()
     return redirect(url_for("login"))
 
@@ -513,11 +511,6 @@ def channel(room):
     return f"room:{room}" if room else None
 
 
-def private_channel(name):
-    """Return Socket.IO's name for the room that all connections of one user are in."""
-    return f"user:{name}"
-
-
 def my_room(data):
     """Return the room that an event names; Refused unless this connection has joined it."""
     room = text(data, "room")
@@ -547,14 +540,13 @@ def take_out(sid, room, reason):
 @socketio.on("connect")
 def connect(auth=None):
     """A page connects; nobody hears it. Refused: who is not signed in, or not whom it shows."""
-    if not current_user.is_authenticated:
-        raise ConnectionRefusedError("Sign in first.")
+    require(current_user.is_authenticated, "Sign in first.")
     name = current_user.name
-    if isinstance(auth, dict) and auth.get("username", name) != name:
-        raise ConnectionRefusedError(f"You are signed in as {name} now: load the page again.")
+    shown = auth.get("username", name) if isinstance(auth, dict) else name
+    require(shown == name, f"You are signed in as {name} now: load the page again.")
     request.environ.pop("HTTP_COOKIE", None)  # the session is kept: no event opens it again
     state.enter(request.sid, name)
-    join_room(private_channel(name))
+    join_room(f"user:{name}")  # a private channel of all the user's connections
     print(f"connected: {name}", flush=True)
 
 
@@ -617,7 +609,7 @@ def invite(data):
     host = current_user.name
     room = text(data, "room")
     guest = state.invite(host, room, text(data, "username"))
-    socketio.emit("invite", {"room": room, "by": host}, to=private_channel(guest))
+    socketio.emit("invite", {"room": room, "by": host}, to=f"user:{guest}")
     return {"ok": True, "username": guest}
 
 
@@ -627,7 +619,7 @@ def expel(data):
     host = current_user.name
     room = text(data, "room")
     guest = state.expel(host, room, text(data, "username"))
-    socketio.emit("expel", {"room": room, "by": host}, to=private_channel(guest))
+    socketio.emit("expel", {"room": room, "by": host}, to=f"user:{guest}")
     for sid in state.connections(guest, room):
         take_out(sid, room, "expelled")
     return {"ok": True}
@@ -645,10 +637,12 @@ def unknown(event, data):
 
 @socketio.on_error_default
 def refuse(error):
-    """Turn what a handler refuses into the ack that says why."""
-    if isinstance(error, Refused):
-        return error.answer
-    raise error
+    """Turn what a handler refuses into the ack that says why; `connect` refuses the connection."""
+    if not isinstance(error, Refused):
+        raise error
+    if request.event["message"] == "connect":
+        raise ConnectionRefusedError(error.description)
+    return error.answer
 
 
 # 7. One frame for a room --------------------------------------------------------------------------
@@ -771,7 +765,7 @@ class Connection(engineio.socket.Socket):
 
         Or serve a WebSocket until it ends; a second one would take the connection over.
         """
-        if "HTTP_UPGRADE" not in environ:
+        if environ.get("HTTP_UPGRADE", "").lower() != "websocket":
             return self.poll()
         with lock:
             if self.websocket:
@@ -823,7 +817,7 @@ engineio.socket.Socket = Connection
 
 # 8. The door: who may open a connection, and what may come through it -----------------------------
 
-SIZE = re.compile("[0-9]{0,5}")  # -1 would be read for ever
+SIZE = re.compile("[0-9]{1,9}")  # -1 would be read for ever
 
 
 def from_here():
@@ -852,9 +846,10 @@ def door(environ, start_response, inside=app.wsgi_app):
     try:
         with app.request_context(environ):
             require(request.host, "Say which host you want.")  # Refused if not in TRUSTED_HOSTS
-            sized = SIZE.fullmatch(environ.get("CONTENT_LENGTH", ""))
-            chunked = "HTTP_TRANSFER_ENCODING" in environ
-            require(sized and not chunked, "Say how long the body is, 64 KB at most.", 413)
+            length = environ.get("CONTENT_LENGTH") or "0"
+            sized = SIZE.fullmatch(length) and "HTTP_TRANSFER_ENCODING" not in environ
+            require(sized, "Say how long the body is.", 413)
+            require(int(length) <= MAX_BYTES, "Send 64 KB at most.", 413)
             if request.path.startswith("/socket.io/"):
                 check_connection(environ)
     except HTTPException as refusal:
@@ -871,11 +866,15 @@ def opened(eio_sid, environ):
         return socketio.server._handle_eio_connect(eio_sid, environ)
 
 
-def hang_up(token):
-    """Close every connection that came in with this token, even before its `connect`."""
-    for eio_sid, environ in list(socketio.server.environ.items()):
-        if environ.get("REMOTE_USER") == token:
-            socketio.server.eio.disconnect(eio_sid)
+def hang_up(sids, token):
+    """End these connections of a user, all others that came in with the token, and his polls."""
+    with lock:
+        for sid in sids:
+            socketio.server.disconnect(sid)
+        for eio_sid, environ in list(socketio.server.environ.items()):
+            if environ.get("REMOTE_USER") == token:  # perhaps it never got as far as `connect`
+                socketio.server.eio.disconnect(eio_sid)
+        news.notify_all()
 
 
 class Packet(socketio.server.packet_class):
