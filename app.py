@@ -71,7 +71,7 @@ HISTORY = 500  # messages that a room remembers, keys that a user's
 RATE = 20  # messages that a user may say in a second
 BURST = 60  # messages that a user may say at once
 MAX_BYTES = 64 * 1024  # of one packet, one form
-MAX_WAITING = 4 * HISTORY  # packets that wait for a client to take them
+MAX_WAITING = 6 * HISTORY  # packets that wait for a client to take them
 PATIENCE = 5  # seconds that the answer to a ping may take
 
 app = Flask(__name__)
@@ -93,7 +93,7 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_timeout=8,  # seconds between two visits of engineio's service task, which pings: section 7
+    ping_timeout=6,  # seconds between two visits of engineio's service task, which pings: section 7
     ping_interval=12,  # seconds; a client that hears no ping for the sum of both gives us up
 )
 
@@ -701,8 +701,8 @@ class WebSocket(simple_websocket.Server):
         return self.input_buffer.pop(0) if self.input_buffer else None
 
     def answer(self, frames):
-        """Send the library's answer to a ping by the way of packets: never inside a frame."""
-        if self.connection.upgraded:
+        """Send the library's answer to a ping between two frames; who takes nothing gets none."""
+        if self.connection.upgraded and self.connection.idle:
             self.connection.send(EnginePacket(MESSAGE, bytes(frames)))
 
     def send(self, data):
@@ -833,6 +833,9 @@ def check_connection(environ):
     """Refused unless a signed-in user's own page sent it, to a connection that he opened."""
     require(from_here(), "This was sent from another site.", 403)
     require(current_user.is_authenticated, "Sign in first.", 401)
+    length = environ.get("CONTENT_LENGTH") or "0"
+    sized = SIZE.fullmatch(length) and "HTTP_TRANSFER_ENCODING" not in environ
+    require(sized and int(length) <= MAX_BYTES, "Send 64 KB at most, and say how much.", 413)
     environ["REMOTE_USER"] = current_user.token
     eio_sid = request.args.get("sid")
     if eio_sid is not None:
@@ -846,10 +849,6 @@ def door(environ, start_response, inside=app.wsgi_app):
     try:
         with app.request_context(environ):
             require(request.host, "Say which host you want.")  # Refused if not in TRUSTED_HOSTS
-            length = environ.get("CONTENT_LENGTH") or "0"
-            sized = SIZE.fullmatch(length) and "HTTP_TRANSFER_ENCODING" not in environ
-            require(sized, "Say how long the body is.", 413)
-            require(int(length) <= MAX_BYTES, "Send 64 KB at most.", 413)
             if request.path.startswith("/socket.io/"):
                 check_connection(environ)
     except HTTPException as refusal:
@@ -903,7 +902,7 @@ app.wsgi_app = door
 class Handler(WSGIRequestHandler):
     """A request to the web server."""
 
-    timeout = 30  # seconds that a client may take to send its request
+    timeout = 30  # seconds that a client may be silent in the midst of a request
     disable_nagle_algorithm = True  # small frames leave at once
 
     def make_environ(self):
