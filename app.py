@@ -817,7 +817,7 @@ engineio.socket.Socket = Connection
 
 # 8. The door: who may open a connection, and what may come through it -----------------------------
 
-SIZE = re.compile("[0-9]{1,9}")  # -1 would be read for ever
+SIZE = re.compile("[0-9]{0,9}")  # -1 would be read for ever
 
 
 def from_here():
@@ -833,9 +833,7 @@ def check_connection(environ):
     """Refused unless a signed-in user's own page sent it, to a connection that he opened."""
     require(from_here(), "This was sent from another site.", 403)
     require(current_user.is_authenticated, "Sign in first.", 401)
-    length = environ.get("CONTENT_LENGTH") or "0"
-    sized = SIZE.fullmatch(length) and "HTTP_TRANSFER_ENCODING" not in environ
-    require(sized and int(length) <= MAX_BYTES, "Send 64 KB at most, and say how much.", 413)
+    require((request.content_length or 0) <= MAX_BYTES, "Send 64 KB at most.", 413)
     environ["REMOTE_USER"] = current_user.token
     eio_sid = request.args.get("sid")
     if eio_sid is not None:
@@ -849,6 +847,9 @@ def door(environ, start_response, inside=app.wsgi_app):
     try:
         with app.request_context(environ):
             require(request.host, "Say which host you want.")  # Refused if not in TRUSTED_HOSTS
+            sized = SIZE.fullmatch(environ.get("CONTENT_LENGTH", ""))
+            chunked = "HTTP_TRANSFER_ENCODING" in environ
+            require(sized and not chunked, "Say how long the body is.", 413)
             if request.path.startswith("/socket.io/"):
                 check_connection(environ)
     except HTTPException as refusal:

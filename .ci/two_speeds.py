@@ -1,0 +1,19 @@
+"""The two speeds of the tests: in one process what needs no server, beside others all the rest."""
+
+import pytest
+
+STARTERS = {"started", "server", "fresh", "full", "classroom", "browser", "chromium", "execute"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as live what a fixture starts something for."""
+    for item in items:
+        if STARTERS & set(item.fixturenames):
+            item.add_marker("live")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers(config):
+    """Three at a time: much of a live test is waiting."""
+    return 0 if "not live" in config.option.markexpr else 3
