@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from threading import Thread
 
@@ -87,10 +88,14 @@ def sign_in(url, name, password="demo", form="login"):
 
 
 class Relay:
-    """A cable to a server. It keeps what passed, and can be slow, cut, silent, or not `open`."""
+    """A cable to a server. It keeps what passed, and can be slow, cut, silent, or not `open`.
 
-    def __init__(self, port, delay=0):
-        self.target, self.delay, self.open, self.silent = port, delay, True, False
+    With several ports each new line leads to the next of them; `target` is the newest's.
+    """
+
+    def __init__(self, *ports, delay=0):
+        self.targets, self.target = cycle(ports), ports[0]
+        self.delay, self.open, self.silent = delay, True, False
         self.lines, self.ends = [], []  # what passed on each line: (up, down); what is connected
         self.listener = socket.create_server((ME, 0))
         self.port = self.listener.getsockname()[1]
@@ -100,6 +105,7 @@ class Relay:
     def accept(self):
         while True:
             near, far = self.listener.accept()[0], socket.socket()
+            self.target = next(self.targets)
             if not self.open or far.connect_ex((ME, self.target)):
                 hang_up(near)
                 continue
