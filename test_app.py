@@ -2834,7 +2834,8 @@ def test_a_notebook_goes_in_small_steps_and_shows_its_evidence_first(path):
     notebook, lines, evidence, pictures = nbformat.read(path, 4), 0, [], []
     nbformat.validate(notebook)
     for cell in code(notebook):
-        assert len(cell.source.splitlines()) <= 12, cell.source  # what fits on a slide
+        skipped = cell.metadata.slideshow.slide_type == "skip"
+        assert len(cell.source.splitlines()) <= (20 if skipped else 12), cell.source  # on a slide
         lines += len([line for line in cell.source.splitlines() if not re.match(r"\s*(#|$)", line)])
         evidence += [lines] * bool(cell.outputs)
         pictures += [lines for output in cell.outputs if "image/png" in output.get("data", {})]
@@ -2852,7 +2853,7 @@ def test_a_notebook_is_committed_as_one_run_from_top_to_bottom_made_it(path):
 
 @pytest.mark.parametrize(
     "path, accident",
-    [(NOTEBOOKS[0], "1 / 0"), (NOTEBOOKS[-1], "import os; os._exit(1)")],
+    [(NOTEBOOKS[0], "1 / 0"), (NOTEBOOKS[2], "import os; os._exit(1)")],
     ids=["an error", "a crash"],
 )
 def test_the_server_ends_with_the_notebook_that_started_it(execute, path, accident):
