@@ -1472,7 +1472,7 @@ def remote_ports(server):
 
 
 @pytest.mark.parametrize("transport", [Wire, Polls])
-@pytest.mark.parametrize("event, bytes", [("join", 40e6), ("typing", 10e6)])
+@pytest.mark.parametrize("event, bytes", [("join", 25e6), ("typing", 10e6)])
 def test_who_sends_and_never_reads_is_closed_and_costs_little(full, transport, event, bytes):
     packets, name = [f'421["{event}",{{"room":"python"}}]'] * 100, f"never{os.urandom(4).hex()}"
     client, before = transport(full, register(full, name)), full.usage.memory_info().rss
