@@ -2153,7 +2153,7 @@ def test_a_template_has_a_short_script_and_writes_no_markup(path):
     text = path.read_text("utf-8")
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
     lines = [line for script in scripts for line in script.splitlines() if line.strip()]
-    assert len(lines) <= 260 and "innerHTML" not in text
+    assert len(lines) <= 220 and "innerHTML" not in text
     assert max(map(len, text.splitlines())) <= 100
 
 
