@@ -908,6 +908,7 @@ class Handler(WSGIRequestHandler):
 
     timeout = 30  # seconds that a client may be silent in the midst of a request
     disable_nagle_algorithm = True  # small frames leave at once
+    rbufsize = 2048  # bytes; a head is no longer, and each connection keeps its buffer
 
     def make_environ(self):
         """Read the head; what nobody reads of a body is thrown away in pieces, not 10 MB each."""
