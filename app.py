@@ -72,7 +72,8 @@ RATE = 20  # messages that a user may say in a second
 BURST = 60  # messages that a user may say at once
 MAX_BYTES = 64 * 1024  # of one packet, one form
 MAX_WAITING = 6 * HISTORY  # packets that wait for a client to take them
-PATIENCE = 5  # seconds that the answer to a ping may take
+PING_EVERY = 8  # seconds, at least
+PATIENCE = 4  # seconds that the answer to a ping may take, at least
 
 app = Flask(__name__)
 app.config.update(
@@ -93,8 +94,8 @@ socketio = SocketIO(
     async_handlers=False,  # the events of a connection are handled in the order they were sent in
     cors_allowed_origins=[],  # section 8 asks where a request comes from
     max_http_buffer_size=MAX_BYTES,
-    ping_interval=10,  # seconds at least from one ping to the next
-    ping_timeout=6,  # seconds between two visits of engineio's service task: see section 7
+    ping_timeout=5,  # seconds between two visits of engineio's service task: see section 7
+    ping_interval=12,  # seconds; a client that hears no ping for the sum of both gives us up
 )
 
 # 3. State: who has an account, who may enter which room, who is there, what was said -------------
@@ -804,7 +805,7 @@ class Connection(engineio.socket.Socket):
                 self.close(reason=self.server.reason.PING_TIMEOUT)
             elif not self.last_ping and now > self.ping_at:
                 self.last_ping = now
-                self.ping_at = now + self.server.ping_interval
+                self.ping_at = now + PING_EVERY
                 self.send(EnginePacket(PING))
 
     def close(self, wait=True, abort=False, reason=None):
