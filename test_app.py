@@ -148,16 +148,6 @@ class Wire(lab.Wire):
     def __init__(self, server, session=None, query="", **options):
         super().__init__(server.port, session, query, **options)
 
-    def until(self, start):
-        """Read up to the packet that begins so; what has not come four pings later never will."""
-        packets = []
-        while not (packets and packets[-1].startswith(start)):
-            packets.append(self.read())
-            assert packets[-1] is not None and packets.count("2") < 4, packets[:9] + packets[-9:]
-            if packets[-1] == "2":
-                self.send("3")
-        return packets
-
     def enter(self, room=None):
         self.send("40")
         self.until("40")
