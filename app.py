@@ -1,58 +1,65 @@
-"""Full duplex and rooms: a chat to watch, to count and to break, in one file.
+"""A chat server that shows what WebSockets and rooms are, in one file.
 
     python app.py            then open http://127.0.0.1:5000 in two browsers
 
-Every event from a client carries one JSON object and gets an ack:
+A client sends events. Each event carries one JSON object and is answered by an ack:
 {"ok": true, ...} or {"ok": false, "error": "..."}.
 
     event    a client sends         the ack adds                 who hears it
-    join     room, last_id?         room, members, missed, gap   the room, the joiner included
-    leave    room                                                the room, not the leaver
-    chat     message, room?, key?   id                           the room; without one, everybody
-    typing   room                                                the room, none of the sender's own
+    join     room, last_id?         room, members, missed, gap   the room, including the joiner
+    leave    room                                                the room, except the leaver
+    chat     message, room?, key?   id                           the room; without one, everyone
+    typing   room                                                the room, except the sender
     invite   room, username         username                     that user, on all connections
     expel    room, username                                      that user; the room, as a `leave`
 
-Read sections 2 to 6 from top to bottom: set-up, state, users, pages, events. They are the lesson,
-and a beginner may stop there. Sections 7 and 8 are what makes it hold when a member is slow, a
-cable is pulled, or somebody means harm.
+Words you will meet:
+
+    connection   the line between one client and the server; Socket.IO identifies it by its sid
+    room         a group of connections: what is sent to a room reaches all of them
+    ack          the answer to an event, sent only to the connection the event came from
+    key          a text the client chooses for a message, so that it can safely send it twice
+    last_id      the id of the last message the client has heard in a room
+
+Sections 2 to 6 are the lesson; start with the events in section 3. Sections 7 to 9 keep the chat
+going when a client is slow, a cable is unplugged, or somebody means harm.
 """
 
+import threading
+
+from flask import Flask, request
+from flask_login import current_user
+from flask_socketio import ConnectionRefusedError, SocketIO, emit, join_room, leave_room
+
+# What the rest of the file needs.
+# isort: split
 import inspect
+import logging
 import math
 import os
 import re
 import secrets
-import signal
 import socket
 import sys
-import threading
 import time
 from collections import defaultdict, deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import distribution
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import engineio
 import segno
 import simple_websocket
-from engineio.exceptions import SocketIsClosedError
 from engineio.packet import CLOSE, MESSAGE, PING
-from flask import Flask, g, jsonify, redirect, render_template, request, send_file, url_for
+from flask import g, jsonify, redirect, render_template, send_file, url_for
 from flask_bootstrap import Bootstrap5
-from flask_login import (
-    LoginManager,
-    UserMixin,
-    current_user,
-    login_required,
-    login_user,
-    logout_user,
-)
-from flask_socketio import ConnectionRefusedError, SocketIO, emit, join_room, leave_room
+from flask_login import LoginManager, UserMixin, login_required, login_user, logout_user
 from limits import RateLimitItemPerMinute, storage, strategies
 from socketio.packet import ACK, CONNECT, DISCONNECT, EVENT
+from socketio.packet import Packet as SocketIOPacket
 from werkzeug.exceptions import HTTPException
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import WSGIRequestHandler, get_interface_ip, make_server
@@ -63,51 +70,199 @@ from wsproto.utilities import ProtocolError
 
 HOST = os.environ.get("HOST") or "127.0.0.1"
 PORT = os.environ.get("PORT") or "5000"
-ALONE = re.fullmatch(r"localhost|127(\.\d+){3}", HOST)  # nobody but this machine can connect
-DEMO_ACCOUNTS = ["ana", "luis", "eva"]  # everybody knows their password: only for this machine
-TEACHER = "ana" if ALONE else "lecturer"
-
-HISTORY = 500  # messages that a room remembers, keys that a user's
-RATE = 20  # messages that a user may say in a second
-BURST = 60  # messages that a user may say at once
-MAX_BYTES = 64 * 1024  # of one packet, one form
-MAX_WAITING = 6 * HISTORY  # packets that wait for a client to take them
-PING_EVERY = 8  # seconds, at least
-PATIENCE = 4  # seconds that the answer to a ping may take, at least
+LOCAL = re.fullmatch(r"localhost|127(\.\d+){3}", HOST)  # only this machine can connect
 
 app = Flask(__name__)
-app.config.update(
-    SECRET_KEY=os.environ.get("SECRET_KEY") or secrets.token_hex(),
-    SESSION_COOKIE_NAME=f"session-{PORT}",  # two apps on one machine do not sign each other out
-    SESSION_COOKIE_SAMESITE="Lax",
-    MAX_CONTENT_LENGTH=MAX_BYTES,
-    # Another site may have had its own name resolved to this machine.
-    TRUSTED_HOSTS=["localhost", "127.0.0.1", HOST] if ALONE else None,
-    BOOTSTRAP_SERVE_LOCAL=True,
-    DEMO_ACCOUNTS=[],
-)
-Bootstrap5(app)
-login_manager = LoginManager(app)
-socketio = SocketIO(
-    app,
-    async_mode="threading",
-    async_handlers=False,  # the events of a connection are handled in the order they were sent in
-    cors_allowed_origins=[],  # section 8 asks where a request comes from
-    max_http_buffer_size=MAX_BYTES,
-    ping_timeout=5,  # seconds between two visits of engineio's service task: see section 7
-    ping_interval=12,  # seconds; a client that hears no ping for the sum of both gives us up
-)
+socketio = SocketIO()  # set up in section 8, when all handlers are registered
+lock = threading.RLock()  # held while anything changes, until everyone who hears it has been told
+news = threading.Condition(lock)  # notified when a message is said or a user logs out
+log = SimpleQueue()  # lines to print: a blocked terminal must not block the chat
 
-# 3. State: who has an account, who may enter which room, who is there, what was said -------------
+# 3. Events ----------------------------------------------------------------------------------------
+#
+# How one message travels from socket to socket, with the section of each function:
+#
+#     WebSocket.wait      reads a frame, in the thread that serves the connection (7)
+#     Connection.receive  handles one packet after the other (7)
+#     handle_message      takes the lock, if the handler is marked @one_at_a_time (8)
+#     Packet.decode       makes sure that it is an event with one JSON object (8)
+#     chat, say           run with `current_user` and `request.sid` set (3)
+#     State.say           checks the rules, numbers the message and keeps it (4)
+#     socketio.emit       hands one packet to each connection in the room (the library)
+#     Connection.send     writes it at once, or queues it if the client is slow (7)
+#
+# What `chat` returns goes back to the sender as the ack. `emit` sends to the current connection
+# only; `socketio.emit` sends to a room (`to=`) or, without one, to everyone.
 
-lock = threading.RLock()  # held from the moment something changes until all who hear it are told
-news = threading.Condition(lock)  # wakes those who poll and wait
+HANDLERS = {}
 
-HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write one, no text can hold it
+
+def one_at_a_time(handler):
+    """Run the handler alone, from its first line until its ack is on its way.
+
+    Mark every handler that uses `state`. Others run in parallel, so they may be slow.
+    """
+    HANDLERS[handler.__name__] = handler
+    return handler
+
+
+@socketio.on("connect")
+@one_at_a_time
+def connect(auth=None):
+    """A page connects. Nobody hears it."""
+    require(current_user.is_authenticated, "Sign in first.")
+    name = current_user.name
+    shown = auth.get("username", name) if isinstance(auth, dict) else name
+    require(shown == name, f"You are signed in as {name} now: load the page again.")
+    request.environ.pop("HTTP_COOKIE", None)  # the user is known now; events need no cookie
+    state.enter(request.sid, name)
+    join_room(f"user:{name}")  # a private channel for all connections of this user
+    log.put(f"connected: {name}")
+
+
+@socketio.on("disconnect")
+@one_at_a_time
+def disconnect(reason):
+    """A connection has ended, politely or not. Its rooms hear `leave`."""
+    for room in state.joined(request.sid):
+        take_out(request.sid, room, reason)
+    name, _ = state.exit(request.sid)
+    log.put(f"disconnected: {name} ({reason})")
+
+
+@socketio.on("join")
+@one_at_a_time
+def join(data):
+    """A connection enters a room. It hears what it missed; then the room hears `join`."""
+    name = current_user.name
+    room = text(data, "room")
+    last_id = data.get("last_id") or 0
+    is_id = type(last_id) is int and last_id >= 0
+    require(is_id, '"last_id" must be the id of the last message you heard.')
+    state.admit(name, room)
+    new = state.enter(request.sid, name, room)
+    missed, gap = state.since(room, last_id)
+    for message in missed:
+        emit("chat", message)
+    join_room(channel(room))
+    members = state.members(room)
+    if new:
+        joined = {"room": room, "username": name, "members": members}
+        socketio.emit("join", joined, to=channel(room))
+    return {"ok": True, "room": room, "members": members, "missed": len(missed), "gap": gap}
+
+
+@socketio.on("leave")
+@one_at_a_time
+def leave(data):
+    """A connection leaves a room. The remaining members hear it."""
+    take_out(request.sid, my_room(data), "left")
+    return {"ok": True}
+
+
+@socketio.on("chat")
+@one_at_a_time
+def chat(data):
+    """A user says something. The room hears it, including the user; without a room, everyone."""
+    return {"ok": True, "id": say(data, request.sid)}
+
+
+@socketio.on("typing")
+@one_at_a_time
+def typing(data):
+    """A member is typing. The room hears it, except the member's own connections."""
+    name = current_user.name
+    room = my_room(data)
+    own = state.connections(name, room)
+    socketio.emit("typing", {"room": room, "username": name}, to=channel(room), skip_sid=own)
+    return {"ok": True}
+
+
+@socketio.on("invite")
+@one_at_a_time
+def invite(data):
+    """The owner of a room invites a user, who hears it on all connections."""
+    host = current_user.name
+    room = text(data, "room")
+    guest = state.invite(host, room, text(data, "username"))
+    socketio.emit("invite", {"room": room, "by": host}, to=f"user:{guest}")
+    return {"ok": True, "username": guest}
+
+
+@socketio.on("expel")
+@one_at_a_time
+def expel(data):
+    """The owner of a room expels a user, who hears it everywhere. The room hears `leave`."""
+    host = current_user.name
+    room = text(data, "room")
+    guest = state.expel(host, room, text(data, "username"))
+    socketio.emit("expel", {"room": room, "by": host}, to=f"user:{guest}")
+    for sid in state.connections(guest, room):
+        take_out(sid, room, "expelled")
+    return {"ok": True}
+
+
+@socketio.on("*")
+def unknown(event, data):
+    """A client sends any other event. Nobody hears it."""
+    events = "join, leave, chat, typing, invite or expel"
+    raise Refused(f"Send one of the events {events}, with one JSON object.", 400)
+
+
+@socketio.on_error_default
+def refuse(error):
+    """Turn a Refused into the ack that says why; in `connect`, refuse the connection."""
+    if not isinstance(error, Refused):
+        raise error
+    if request.event["message"] == "connect":
+        raise ConnectionRefusedError(error.description)
+    return error.answer
+
+
+def channel(room):
+    """Return Socket.IO's name for a room. The prefix keeps it apart from sids."""
+    return f"room:{room}" if room else None
+
+
+def my_room(data):
+    """Return the room that an event names. Refuse if this connection has not joined it."""
+    room = text(data, "room")
+    require(room in state.joined(request.sid), "You are not in that room.")
+    return room
+
+
+def say(data, sid=None):
+    """Send a message to its room, or to everyone, and return its id."""
+    with lock:  # everyone hears all messages in the order of their ids
+        message_id, message = state.say(current_user, data, sid)
+        if message:
+            socketio.emit("chat", message, to=channel(message["room"]))
+            news.notify_all()
+    return message_id
+
+
+def take_out(sid, room, reason):
+    """Take a connection out of a room. The room hears `leave` if it was the user's last one."""
+    name, gone = state.exit(sid, room)
+    leave_room(channel(room), sid=sid, namespace="/")
+    if gone:
+        left = {"room": room, "username": name, "members": state.members(room), "reason": reason}
+        socketio.emit("leave", left, to=channel(room))
+
+
+# 4. Rules and state: accounts, rooms, who is connected, what was said -----------------------------
+
+HISTORY = 500  # messages kept for each room, and keys for each user
+RATE = 20  # messages a user may say in a second
+BURST = 60  # messages a user may say at once
+DEMO_ACCOUNTS = ["ana", "luis", "eva"]  # with a well-known password: for this machine only
+TEACHER = "ana" if LOCAL else "lecturer"
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON allows it, UTF-8 does not
 
 
 class Refused(HTTPException):
-    """What the rules forbid: the reason, in words for a person, and the HTTP status for it."""
+    """Something the rules forbid, with the reason in plain words and an HTTP status."""
 
     def __init__(self, reason, code, **more):
         super().__init__(reason)
@@ -116,21 +271,21 @@ class Refused(HTTPException):
 
 
 def require(condition, reason, code=400):
-    """Raise Refused with the reason and the HTTP status, unless the condition holds."""
+    """Raise Refused with the given reason and HTTP status unless the condition is true."""
     if not condition:
         raise Refused(reason, code)
 
 
 def text(data, name):
-    """Return the text that a client sent as data[name]; Refused if that is no text."""
+    """Return data[name] if it is valid text, else raise Refused."""
     value = data.get(name)
-    require(isinstance(value, str), f'Send one JSON object in which "{name}" is text.')
-    require(not HALF_A_CHARACTER.search(value), f'Send whole characters in "{name}".')
+    require(isinstance(value, str), f'Send a JSON object with a string in "{name}".')
+    require(not SURROGATE.search(value), f'"{name}" contains half of a character.')
     return value
 
 
 class User(UserMixin):
-    """An account. Its token stands for it in cookies, and is renewed at log-out."""
+    """An account. Cookies hold its token, which is renewed when the user logs out."""
 
     def __init__(self, id, name, password_hash):
         self.id = id
@@ -138,41 +293,41 @@ class User(UserMixin):
         self.password_hash = password_hash
         self.token = secrets.token_urlsafe()
         self.keys = {}  # key -> id of the message that was sent with it
-        self.allowance = BURST  # messages that the user may say now
-        self.counted_at = 0  # seconds, on the clock of `spend`
+        self.allowance = BURST  # messages the user may say now
+        self.counted_at = 0  # when the allowance was last counted, in seconds
 
     def get_id(self):
         """Return what Flask-Login keeps in the cookie."""
         return self.token
 
     def spend(self, now):
-        """Take one message from the allowance at `now` (seconds); Refused if none is left."""
+        """Use up one message of the allowance. Refuse if none is left."""
         earned = (now - self.counted_at) * RATE
         self.allowance = min(BURST, self.allowance + earned)
         self.counted_at = now
         if self.allowance < 1:
             wait = math.ceil(1000 * (1 - self.allowance) / RATE) / 1000
-            reason = f"Slow down: {RATE} messages a second are enough."
+            reason = f"Slow down: the limit is {RATE} messages a second."
             raise Refused(reason, 429, retry_after=wait)
         self.allowance -= 1
 
 
 class State:
-    """All that the program knows. Nobody else keeps any of it; call the methods under the lock."""
+    """Everything the server remembers. Hold the lock when you call its methods."""
 
     def __init__(self):
-        self.users = {}  # name in small letters -> User
+        self.users = {}  # name in lower case -> User
         self.tokens = {}  # token -> User
-        self.owners = {"python": None, "flask": None, "staff": TEACHER}  # room -> name
-        self.guests = defaultdict(set)  # room -> names of those invited
-        self.here = defaultdict(dict)  # room -> {sid: name}; all who are connected are in None
-        # One message more than is given out: so it is known whether there were older ones.
+        self.owners = {"python": None, "flask": None, "staff": TEACHER}  # room -> owner's name
+        self.guests = defaultdict(set)  # room -> names of invited users
+        self.here = defaultdict(dict)  # room -> {sid: name}; here[None] has all connections
+        # One message more than is given out, to tell whether there were older ones.
         self.history = defaultdict(lambda: deque(maxlen=HISTORY + 1))
-        self.started = int(time.time() * 1000)  # by the clock: so ids rise over a restart, too
+        self.started = int(time.time() * 1000)  # ids start at the clock: they rise over a restart
         self.last_id = self.started
 
     def register(self, name, password_hash):
-        """Open an account with a room of its own; Refused if the name is taken, in any case."""
+        """Create an account and its own room. Refuse if the name is taken, in any case."""
         require(not self.user(name), "That name is taken.", 409)
         user = User(len(self.users) + 1, name, password_hash)
         self.users[name.lower()] = user
@@ -181,62 +336,65 @@ class State:
         return user
 
     def user(self, name):
-        """Return the User of that name, in capitals or small letters, or None."""
+        """Return the User with that name, in any case, or None."""
         return self.users.get(name.lower())
 
     def holder(self, token):
-        """Return the User whom the token stands for, or None."""
+        """Return the User the token belongs to, or None."""
         return self.tokens.get(token)
 
     def renew(self, user):
-        """Give the user a new token, so that the old one opens nothing; return the old one."""
+        """Give the user a new token and return the old one, which is no longer valid."""
         old = user.token
         user.token = secrets.token_urlsafe()
         self.tokens[user.token] = self.tokens.pop(old)
         return old
 
     def rooms(self, name):
-        """Return (room, its owner or None, whether the user may enter) for each room."""
-        return [(room, owner, self.may_enter(name, room)) for room, owner in self.owners.items()]
+        """Return each room with its owner (or None) and whether it is open to the user."""
+        return [
+            {"room": room, "owner": owner, "open": self.may_enter(name, room)}
+            for room, owner in self.owners.items()
+        ]
 
     def may_enter(self, name, room):
-        """Return whether a user may enter a room that there is."""
+        """Return whether the user may enter an existing room."""
         return self.owners[room] in (None, name) or name in self.guests[room]
 
     def admit(self, name, room):
-        """Refused unless there is such a room and the user may enter it."""
-        require(room in self.owners, "There is no room of that name.")
-        reason = f"{room} is {self.owners[room]}'s, who has not invited you."
+        """Refuse unless the room exists and the user may enter it."""
+        require(room in self.owners, "There is no room with that name.")
+        reason = f"{room} belongs to {self.owners[room]}, who has not invited you."
         require(self.may_enter(name, room), reason)
 
     def guest(self, host, room, name):
-        """Return a guest's name as he writes it; Refused unless host owns the room, not he."""
-        require(self.owners.get(room) == host, "Only the owner of a room invites and expels.")
+        """Return the guest's name as registered. Refuse unless the host owns the room."""
+        require(self.owners.get(room) == host, "Only the owner of a room can invite or expel.")
         user = self.user(name)
-        require(user, "There is no user of that name.")
-        require(user.name != host, "You are the owner: nobody invites or expels you.")
+        require(user, "There is no user with that name.")
+        require(user.name != host, "You own this room: you cannot invite or expel yourself.")
         return user.name
 
     def invite(self, host, room, name):
-        """Let a user enter the host's room from now on; return his name as he writes it."""
+        """Let a user enter the host's room from now on, and return the user's name."""
         guest = self.guest(host, room, name)
         self.guests[room].add(guest)
         return guest
 
     def expel(self, host, room, name):
-        """Withdraw an invitation; return the name of who had it as he writes it."""
+        """Withdraw an invitation, and return the user's name."""
         guest = self.guest(host, room, name)
         self.guests[room].discard(guest)
         return guest
 
     def enter(self, sid, name, room=None):
-        """Note a connection in a room (None: as connected); return whether its user is new."""
+        """Add a connection to a room (None: to all connected). Return whether its user is new."""
         new = not self.connections(name, room)
         self.here[room][sid] = name
         return new
 
     def exit(self, sid, room=None):
-        """Forget a connection in a room; return its user's name, and whether he is gone."""
+        """Remove a connection from a room. Return its user's name and whether it was the last."""
         name = self.here[room].pop(sid)
         return name, not self.connections(name, room)
 
@@ -245,18 +403,18 @@ class State:
         return [room for room, sids in self.here.items() if room and sid in sids]
 
     def members(self, room):
-        """Return the names of those in a room, each once, sorted."""
+        """Return the sorted names of the users in a room."""
         return sorted(set(self.here[room].values()))
 
     def connections(self, name, room=None):
-        """Return the user's connections (sids) that are in the room, by default all."""
+        """Return the sids of the user's connections in a room, or of all of them."""
         return [sid for sid, owner in self.here[room].items() if owner == name]
 
     def say(self, user, data, sid=None):
-        """Check data["message"], said in data["room"] or, without a room, to all, and keep it.
+        """Check and keep data["message"], said in data["room"] or, without one, to everyone.
 
-        Return its id and the message as its hearers get it; None in its place if all have heard
-        it before, with the same key. Refused if it may not be said.
+        Return its id and the message to send; None instead of the message if it was sent before
+        with the same key.
         """
         key = data.get("key")
         if key is not None:
@@ -269,16 +427,16 @@ class State:
         room = data.get("room")
         if room is not None:
             joined = text(data, "room") in self.joined(sid)
-            require(joined, "Only those who have joined a room may speak in it.", 403)
+            require(joined, "Join the room before you speak in it.", 403)
         user.spend(time.monotonic())
         return self.keep(user, room, message, key)
 
     def sent_with(self, user, key):
-        """Return the id of the message that a user has sent with this key, or None."""
+        """Return the id of the message the user sent with this key, or None."""
         return user.keys.get(key)
 
     def keep(self, user, room, message, key):
-        """Number a message and keep it and its key; return its id and what its hearers get."""
+        """Number a message and keep it with its key. Return its id and the message to send."""
         self.last_id += 1
         said = {
             "id": self.last_id,
@@ -296,11 +454,11 @@ class State:
         return self.last_id, said
 
     def newest(self):
-        """Return the id of the last message that was said anywhere."""
+        """Return the id of the last message said anywhere."""
         return self.last_id
 
     def since(self, room, last_id):
-        """Return a room's messages newer than an id, oldest first, and whether some are gone."""
+        """Return a room's messages after an id, oldest first, and whether some are lost."""
         newer = [message for message in self.history[room] if message["id"] > last_id]
         gap = len(newer) > HISTORY or 0 < last_id < self.started
         return newer[-HISTORY:], gap
@@ -308,25 +466,38 @@ class State:
 
 state = State()
 
-# 4. Users -----------------------------------------------------------------------------------------
+# 5. Users -----------------------------------------------------------------------------------------
 
-OWN_PATH = re.compile(r"/(?![/\\])[^\x00-\x1f\x7f]*")  # //elsewhere and /\elsewhere lead away
+MAX_BYTES = 64 * 1024  # in the body of a request, or in a message over a WebSocket
+OWN_PATH = re.compile(r"/(?![/\\])[^\x00-\x1f\x7f]*")  # //host and /\host lead to other sites
 NAME = re.compile("[A-Za-z0-9_-]{1,20}")
-NO_HASH = generate_password_hash(secrets.token_hex())  # a name unknown takes as long as one known
+NO_HASH = generate_password_hash(secrets.token_hex())  # checking an unknown name takes as long
 TEN_A_MINUTE = RateLimitItemPerMinute(10)
-wrong = strategies.FixedWindowRateLimiter(storage.MemoryStorage())  # passwords, counted
-hashing = threading.Lock()  # one password at a time: each takes 32 MB while it is hashed
+wrong = strategies.FixedWindowRateLimiter(storage.MemoryStorage())  # counts wrong passwords
+hashing = threading.Lock()  # hashing takes 32 MB of memory: one password at a time
+
+app.config.update(
+    SECRET_KEY=os.environ.get("SECRET_KEY") or secrets.token_hex(),
+    SESSION_COOKIE_NAME=f"session-{PORT}",  # keeps two servers on one machine apart
+    SESSION_COOKIE_SAMESITE="Lax",
+    MAX_CONTENT_LENGTH=MAX_BYTES,
+    TRUSTED_HOSTS=["localhost", "127.0.0.1", HOST] if LOCAL else None,  # against DNS rebinding
+    BOOTSTRAP_SERVE_LOCAL=True,
+    DEMO_ACCOUNTS=[],
+)
+Bootstrap5(app)
+login_manager = LoginManager(app)
 
 
 @login_manager.user_loader
 def load_user(token):
-    """Return the User whose token the cookie holds, or None."""
+    """Return the User whose token is in the cookie, or None."""
     return state.holder(token)
 
 
 @login_manager.unauthorized_handler
 def sign_in_first():
-    """Send a page's browser to the log-in, and back to the page after it."""
+    """Redirect to the login form, and from there back to the page that was asked for."""
     require(request.path != "/messages", "Sign in first.", 401)
     came_for = None
     if request.method == "GET":
@@ -335,7 +506,7 @@ def sign_in_first():
 
 
 def sign_in(user):
-    """Sign the user in and go on to `next`, if that is a path of this site."""
+    """Log the user in and redirect to `next` if it is a path on this site."""
     login_user(user)
     path = request.values.get("next", "")
     if not OWN_PATH.fullmatch(path):
@@ -345,37 +516,37 @@ def sign_in(user):
 
 @app.get("/login")
 def login():
-    """Show the form."""
+    """Show the login form."""
     return render_template("login.html")
 
 
 @app.post("/login")
 def check_password():
-    """Sign a user in who knows the password; ten wrong ones close the name for the minute."""
+    """Log the user in. Ten wrong passwords lock the name for the rest of the minute."""
     name = request.form.get("username", "")
     password = request.form.get("password", "")
-    g.username = name  # stays in the form if this is refused
+    g.username = name  # stays in the form if the login fails
     attempts = name.lower()[:20], request.remote_addr
-    with hashing:  # nobody else guesses between the question and the count
+    with hashing:  # nobody else can try between the test and the count
         allowed = wrong.test(TEN_A_MINUTE, *attempts)
-        require(allowed, "Ten wrong passwords for this name: wait a minute.", 429)
+        require(allowed, "Too many wrong passwords for this name: wait a minute.", 429)
         user = state.user(name)
         password_hash = user.password_hash if user else NO_HASH
         right = check_password_hash(password_hash, password)
         if not right:
             wrong.hit(TEN_A_MINUTE, *attempts)
-            raise Refused("Name or password is wrong.", 401)
+            raise Refused("Wrong name or password.", 401)
     return sign_in(user)
 
 
 @app.post("/register")
 def register():
-    """Open an account for who comes with a new name, and sign him in."""
+    """Create an account and log the new user in."""
     name = request.form.get("username", "")
     password = request.form.get("password", "")
-    g.username = name  # stays in the form if this is refused
+    g.username = name  # stays in the form if the name is refused
     require(NAME.fullmatch(name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
-    require(len(password) >= 8, "A password has 8 characters or more.")
+    require(len(password) >= 8, "A password must have at least 8 characters.")
     require(name.lower() not in [*DEMO_ACCOUNTS, TEACHER], "That name is taken.", 409)
     with hashing:
         password_hash = generate_password_hash(password)
@@ -387,7 +558,7 @@ def register():
 @app.post("/logout")
 @login_required
 def logout():
-    """End every session, connection and waiting poll of the user, on all devices."""
+    """End all sessions, connections and waiting polls of the user, on all devices."""
     with lock:
         sids = state.connections(current_user.name)
         old_token = state.renew(current_user)
@@ -396,7 +567,7 @@ def logout():
     return redirect(url_for("login"))
 
 
-# 5. Pages -----------------------------------------------------------------------------------------
+# 6. Pages -----------------------------------------------------------------------------------------
 
 
 @app.get("/")
@@ -406,19 +577,24 @@ def index():
     return render_template("index.html", last_id=state.newest())
 
 
+@cache
+def sources():
+    """Return the source of each handler, read once."""
+    found = {name: inspect.getsourcelines(handler) for name, handler in HANDLERS.items()}
+    return {name: {"lines": lines, "first": first} for name, (lines, first) in found.items()}
+
+
 @app.get("/room")
 @login_required
 def room_page():
-    """Show the rooms, and the handlers that run when somebody uses them."""
-    with lock:
-        rooms = state.rooms(current_user.name)
-    handlers = {handler.__name__: inspect.getsourcelines(handler) for handler in HANDLERS}
-    return render_template("room.html", rooms=rooms, handlers=handlers)
+    """Show the rooms, and the handlers behind them."""
+    rooms = state.rooms(current_user.name)
+    return render_template("room.html", rooms=rooms, handlers=sources())
 
 
 @app.get("/socket.io.js")
 def socket_io_client():
-    """Serve Socket.IO's browser client from an installed package: there may be no network."""
+    """Serve Socket.IO's browser client from an installed package, so no network is needed."""
     file = distribution("nicegui").locate_file("nicegui/static/socket.io.min.js")
     return send_file(file, max_age=3600)
 
@@ -426,13 +602,13 @@ def socket_io_client():
 @app.get("/messages")
 @login_required
 def messages():
-    """Answer who polls the open channel, at once or when there is news within `wait` seconds."""
+    """Answer a poll of the open channel: at once, or when there is news within `wait` seconds."""
     try:
         after = int(request.args.get("after", 0))
         wait = float(request.args.get("wait", 0))
     except ValueError:
-        raise Refused('"after" and "wait" are numbers.', 400) from None
-    require(not math.isnan(wait), '"wait" is a number of seconds.')
+        raise Refused('"after" and "wait" must be numbers.', 400) from None
+    require(not math.isnan(wait), '"wait" must be a number of seconds.')
     token = current_user.token
 
     def something_to_tell():
@@ -442,7 +618,7 @@ def messages():
     with news:
         news.wait_for(something_to_tell, timeout=min(25, wait))
         newer, _ = state.since(None, after)
-    require(state.holder(token), "You have signed out.", 401)
+    require(state.holder(token), "You have logged out.", 401)
     last_id = newer[-1]["id"] if newer else after
     return jsonify(messages=newer, last_id=last_id)
 
@@ -450,10 +626,10 @@ def messages():
 @app.post("/messages")
 @login_required
 def post_message():
-    """Let somebody who holds no connection say something to all."""
+    """Say something to everyone over HTTP, without a connection."""
     try:
         data = request.get_json(force=True, silent=True)
-    except RecursionError:  # ten thousand lists, each in the next
+    except RecursionError:  # thousands of nested lists
         data = None
     require(isinstance(data, dict), "Send one JSON object.")
     return jsonify(id=say(data)), 201
@@ -461,7 +637,7 @@ def post_message():
 
 @app.errorhandler(HTTPException)
 def say_why(error):
-    """Say what went wrong in the form of the page: the log-in's, or JSON for those who poll."""
+    """Show an error in the login form, as JSON to pollers, or as a plain page."""
     if request.path in ("/login", "/register"):
         return render_template("login.html", error=error.description), error.code
     if request.path == "/messages":
@@ -472,14 +648,14 @@ def say_why(error):
 
 @app.before_request
 def own_pages_only():
-    """Refuse a form that another site's page sent."""
+    """Refuse a form sent by a page of another site."""
     g.nonce = secrets.token_urlsafe()
-    require(request.method != "POST" or from_here(), "This was sent from another site.", 403)
+    require(request.method != "POST" or from_here(), "This came from another site.", 403)
 
 
 @app.after_request
 def protect(response):
-    """Let run only what the templates name; no site may frame a page, no disk keep a copy."""
+    """Allow only our own scripts, no frames on other sites, and no copies on disk."""
     response.headers["Content-Security-Policy"] = (
         f"default-src 'none'; script-src 'nonce-{g.nonce}'; style-src 'self' 'nonce-{g.nonce}'; "
         "connect-src 'self'; img-src 'self' data:; form-action 'self'; base-uri 'none'; "
@@ -490,187 +666,36 @@ def protect(response):
     return response
 
 
-# 6. Events ----------------------------------------------------------------------------------------
+# 7. Connections -----------------------------------------------------------------------------------
 #
-# The way of one message, from socket to socket (the number of the section behind each name):
-#
-#     WebSocket.wait      reads a frame, in the thread of the request that opened the line (7)
-#     Connection.receive  takes the lock: one event at a time, until its ack is on its way (7)
-#     Packet.decode       makes sure that it is an event with one JSON object (8)
-#     chat, say           run, as `current_user` and `request.sid` (6)
-#     State.say           asks the rules, numbers the message and keeps it (3)
-#     socketio.emit       hands one packet to each connection in the room (the library)
-#     Connection.send     writes it at once or, to who is slow, leaves it to a writer (7)
-#
-# and what `chat` returns goes back to the speaker as the ack. So a handler may rely on this: no
-# other event is handled meanwhile, and `data` is a dict. `emit` speaks to the connection whose
-# event is handled, alone; `socketio.emit` to a room (`to=`) or, without one, to all.
+# For each message, the library queues a packet for each member and wakes a thread that frames it
+# again. Here it is framed once, and the sender's thread writes it at once to each WebSocket that
+# is idle. Everything else (slow clients, polling, upgrades) takes the library's queue and writer.
+# This relies on the internals of engineio 4.15 and simple-websocket 1.1.
 
+MAX_WAITING = 6 * HISTORY  # packets that may wait for a client
+PATIENCE = 10  # seconds without a sign of life
 
-def channel(room):
-    """Return Socket.IO's name for a room: the prefix keeps it apart from sids, rooms there, too."""
-    return f"room:{room}" if room else None
-
-
-def my_room(data):
-    """Return the room that an event names; Refused unless this connection has joined it."""
-    room = text(data, "room")
-    require(room in state.joined(request.sid), "You are not in that room.")
-    return room
-
-
-def say(data, sid=None):
-    """Let a message be heard, and return its id; Refused if it may not be said."""
-    with lock:  # from its number until all are told: so everybody hears the same order
-        message_id, message = state.say(current_user, data, sid)
-        if message:
-            socketio.emit("chat", message, to=channel(message["room"]))
-            news.notify_all()
-    return message_id
-
-
-def take_out(sid, room, reason):
-    """Take a connection out of a room; the room hears `leave` if its user is gone from there."""
-    name, gone = state.exit(sid, room)
-    leave_room(channel(room), sid=sid, namespace="/")
-    if gone:
-        left = {"room": room, "username": name, "members": state.members(room), "reason": reason}
-        socketio.emit("leave", left, to=channel(room))
-
-
-@socketio.on("connect")
-def connect(auth=None):
-    """A page connects; nobody hears it. Refused: who is not signed in, or not whom it shows."""
-    require(current_user.is_authenticated, "Sign in first.")
-    name = current_user.name
-    shown = auth.get("username", name) if isinstance(auth, dict) else name
-    require(shown == name, f"You are signed in as {name} now: load the page again.")
-    request.environ.pop("HTTP_COOKIE", None)  # the session is kept: no event opens it again
-    state.enter(request.sid, name)
-    join_room(f"user:{name}")  # a private channel of all the user's connections
-    print(f"connected: {name}", flush=True)
-
-
-@socketio.on("disconnect")
-def disconnect(reason):
-    """A connection ended, politely or not. Each of its rooms hears `leave`."""
-    for room in state.joined(request.sid):
-        take_out(request.sid, room, reason)
-    name, _ = state.exit(request.sid)
-    print(f"disconnected: {name} ({reason})", flush=True)
-
-
-@socketio.on("join")
-def join(data):
-    """A connection enters a room. It alone hears what it missed; then the room hears `join`."""
-    name = current_user.name
-    room = text(data, "room")
-    last_id = data.get("last_id") or 0
-    is_id = type(last_id) is int and last_id >= 0
-    require(is_id, '"last_id" is the id of the last message that you heard.')
-    state.admit(name, room)
-    new = state.enter(request.sid, name, room)
-    missed, gap = state.since(room, last_id)
-    for message in missed:
-        emit("chat", message)
-    join_room(channel(room))
-    members = state.members(room)
-    if new:
-        joined = {"room": room, "username": name, "members": members}
-        socketio.emit("join", joined, to=channel(room))
-    return {"ok": True, "room": room, "members": members, "missed": len(missed), "gap": gap}
-
-
-@socketio.on("leave")
-def leave(data):
-    """A connection leaves a room; those who stay hear it."""
-    take_out(request.sid, my_room(data), "left")
-    return {"ok": True}
-
-
-@socketio.on("chat")
-def chat(data):
-    """A member says something: the room hears it, he too. Without a room all connected do."""
-    return {"ok": True, "id": say(data, request.sid)}
-
-
-@socketio.on("typing")
-def typing(data):
-    """A member is typing: the room hears it, but none of his own connections."""
-    name = current_user.name
-    room = my_room(data)
-    own = state.connections(name, room)
-    socketio.emit("typing", {"room": room, "username": name}, to=channel(room), skip_sid=own)
-    return {"ok": True}
-
-
-@socketio.on("invite")
-def invite(data):
-    """The owner of a room lets somebody in, who hears it on every connection."""
-    host = current_user.name
-    room = text(data, "room")
-    guest = state.invite(host, room, text(data, "username"))
-    socketio.emit("invite", {"room": room, "by": host}, to=f"user:{guest}")
-    return {"ok": True, "username": guest}
-
-
-@socketio.on("expel")
-def expel(data):
-    """The owner shows somebody the door, who hears it everywhere; the room hears `leave`."""
-    host = current_user.name
-    room = text(data, "room")
-    guest = state.expel(host, room, text(data, "username"))
-    socketio.emit("expel", {"room": room, "by": host}, to=f"user:{guest}")
-    for sid in state.connections(guest, room):
-        take_out(sid, room, "expelled")
-    return {"ok": True}
-
-
-HANDLERS = connect, disconnect, join, leave, chat, typing, invite, expel
-
-
-@socketio.on("*")
-def unknown(event, data):
-    """Somebody sends anything else: nobody hears it."""
-    events = "join, leave, chat, typing, invite or expel"
-    raise Refused(f"Send one of the events {events}, with one JSON object.", 400)
-
-
-@socketio.on_error_default
-def refuse(error):
-    """Turn what a handler refuses into the ack that says why; `connect` refuses the connection."""
-    if not isinstance(error, Refused):
-        raise error
-    if request.event["message"] == "connect":
-        raise ConnectionRefusedError(error.description)
-    return error.answer
-
-
-# 7. One frame for a room --------------------------------------------------------------------------
-#
-# The library queues a message for each member and wakes a thread for each, which frames it anew.
-# Here its frame is made once and written at once, by whoever sends it, to each WebSocket to which
-# nothing else is under way. All the rest (what did not fit, who polls, who is about to upgrade)
-# takes the library's queue and writer. Read for this: engineio 4.15 and simple-websocket 1.1.
+writing = threading.Lock()  # held for moments, never while waiting for a client
 
 
 @lru_cache(maxsize=1)
 def frame(data):
-    """Return the WebSocket frame of a packet (text), made once for all; bytes are one already."""
+    """Return the WebSocket frame for a packet (text). Bytes are returned as they are."""
     if isinstance(data, bytes):
         return data
     return bytes(FrameProtocol(client=False, extensions=[]).send_data(data))
 
 
 class EnginePacket(engineio.packet.Packet):
-    """A packet of Engine.IO. What is none counts as a goodbye: else it is a traceback."""
+    """An Engine.IO packet. Anything malformed counts as a request to close."""
 
     def decode(self, encoded_packet):
-        """Read a packet that came over a transport."""
+        """Decode a packet from a client."""
         try:
             super().decode(encoded_packet)
             if self.packet_type == MESSAGE and not self.data:
-                raise ValueError("nothing in it")
+                raise ValueError("empty message")
         except (ValueError, RecursionError):
             self.packet_type = CLOSE
 
@@ -679,21 +704,21 @@ class WebSocket(simple_websocket.Server):
     """The server's end of a WebSocket, read in the thread of the request that opened it."""
 
     def __init__(self, environ, connection):
-        environ["HTTP_SEC_WEBSOCKET_EXTENSIONS"] = ""  # no deflate: 0.5 MB would inflate to 500
+        environ["HTTP_SEC_WEBSOCKET_EXTENSIONS"] = ""  # no compression: 0.5 MB can become 500
         super().__init__(environ, max_message_size=MAX_BYTES)
         self.connection = connection
         self.tcp = self.sock
-        # What a slow client has not taken waits in its queue, not in the kernel: so we know of it.
+        # Keep what a slow client has not taken in our queue, where it is counted.
         self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
-        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same, for who cannot wait
+        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same line, but never waits
         self.at_once.setblocking(False)
         self.sock = SimpleNamespace(send=self.answer)
 
     def _thread(self):
-        """Do not read in a second thread, as the library would: `wait` does it."""
+        """Do nothing: the library would read in a second thread."""
 
     def wait(self):
-        """Return the next packet that arrived, even if the line is gone; None after the last."""
+        """Return the next message, or None after the last one."""
         with suppress(OSError, ProtocolError):
             while self.connected and not self.input_buffer:
                 received = self.tcp.recv(self.receive_bytes)
@@ -702,46 +727,47 @@ class WebSocket(simple_websocket.Server):
         return self.input_buffer.pop(0) if self.input_buffer else None
 
     def answer(self, frames):
-        """Send the library's answer to a ping between two frames; who takes nothing gets none."""
+        """Send the answer to a WebSocket ping, unless the client does not keep up."""
         if self.connection.upgraded and self.connection.idle:
             self.connection.send(EnginePacket(MESSAGE, bytes(frames)))
 
     def send(self, data):
-        """Write a packet (text) or the rest of a frame (bytes), however slowly it is taken."""
+        """Write a packet (text) or the rest of a frame (bytes), however long it takes."""
         self.tcp.sendall(frame(data))
 
     def close(self):
-        """Shut the TCP connection down: whoever reads or writes it wakes up."""
+        """Shut the TCP connection down, which wakes up its reader and writer."""
         with suppress(OSError):
             self.tcp.shutdown(socket.SHUT_RDWR)
 
 
 class Connection(engineio.socket.Socket):
-    """A client's connection. Each method says what fails with the one that it replaces."""
+    """The connection of one client."""
 
-    def __init__(self, server, sid):
-        super().__init__(server, sid)
-        self.websocket = None
-        self.ping_at = 0  # the time of the next ping
-        self.idle = False  # nothing waits in the queue, and the writer has written all it took
+    websocket = None
+    idle = False  # the queue is empty and everything has been written
+    busy = False  # one of its packets is being handled
+    alive_at = math.inf  # the last sign of life: the client sent something, or took what waited
 
     def receive(self, packet):
-        """Handle one packet at a time; without the lock who joins in a storm misses messages."""
-        with lock:
-            if self.closed:
-                raise SocketIsClosedError
+        """Handle a packet. Close the connection if too many answers wait for the client."""
+        self.busy = True
+        try:
             super().receive(packet)
-            if self.queue.qsize() > MAX_WAITING:  # one POST of 2,000 joins would fill gigabytes
-                self.close()
+        finally:
+            self.alive_at = time.monotonic()
+            self.busy = False
+        if self.queue.qsize() > MAX_WAITING:
+            self.close()
 
     def send(self, packet):
-        """Write a packet at once, or queue it; the library wakes a thread for each."""
-        with lock:
+        """Write a packet at once if possible, else queue it."""
+        with writing:
             if self.upgraded and self.idle:
                 data = frame(packet.encode())
                 try:
                     sent = self.websocket.at_once.send(data)
-                except OSError:  # it takes nothing now, or never again
+                except OSError:  # the client takes nothing now, or is gone
                     sent = 0
                 if sent == len(data):
                     return
@@ -750,70 +776,58 @@ class Connection(engineio.socket.Socket):
             self.queue.put(packet)
 
     def poll(self):
-        """Return the next packets: 16 at most, for a Python client that polls hangs up at more."""
-        with lock:
+        """Return the next packets, at most 16: Python clients refuse more."""
+        self.alive_at = time.monotonic()
+        with writing:
             self.idle = self.queue.empty()
         packets = [self.queue.get()]
         while packets[-1] and len(packets) < 16 and not self.queue.empty():
             packets.append(self.queue.get())
-        if packets[-1] is None:  # closed: whoever else polls wakes up, too
+        if packets[-1] is None:  # closed: wake up any other poll
             self.queue.put(packets.pop())
-        if self.last_ping:
-            self.last_ping = time.time()  # who takes what waits for him is slow, but not silent
         return packets
 
     def handle_get_request(self, environ, start_response):
-        """Answer a poll, also during an upgrade: the library answers with nothing, at once.
-
-        Or serve a WebSocket until it ends; a second one would take the connection over.
-        """
+        """Answer a poll, even during an upgrade, or serve a WebSocket until it ends."""
         if environ.get("HTTP_UPGRADE", "").lower() != "websocket":
             return self.poll()
         with lock:
-            if self.websocket:
+            if self.websocket:  # a second one must not take the connection over
                 return self.server._bad_request()
             try:
                 self.websocket = WebSocket(environ, self)
-            except (ProtocolError, OSError):  # half a handshake
+            except (ProtocolError, OSError, ValueError):  # not a valid handshake
                 return self.server._bad_request()
         try:
             self._websocket_handler(self.websocket)
         finally:
-            with lock:
+            with writing:
                 self.websocket.at_once.detach()
-        raise ConnectionError  # tells the web server that there is nothing left to answer
+        raise ConnectionError  # tells Werkzeug that there is nothing left to answer
 
     def handle_post_request(self, environ):
-        """Take all packets of a POST; the library throws away a POST of more than 16."""
-        body = b""
-        with suppress(OSError):  # the client has vanished
-            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        for packet in body.decode(errors="surrogateescape").split("\x1e"):
+        """Handle all packets of a POST; the library drops a POST with more than 16."""
+        for packet in environ["body"].split("\x1e"):
             self.receive(EnginePacket(encoded_packet=packet))
 
     def schedule_ping(self):
-        """Note an answer to a ping; the library starts a thread for the next one."""
-        self.last_ping = None
+        """Do nothing: the library would start a thread for the next ping."""
 
     def check_ping_timeout(self):
-        """Ping if it is time to, end who has not answered: engineio's service task asks this."""
-        now = time.time()
-        with lock:
-            if self.closed:
-                return
-            if self.last_ping and now - self.last_ping > PATIENCE:
-                self.close(reason=self.server.reason.PING_TIMEOUT)
-            elif not self.last_ping and now > self.ping_at:
-                self.last_ping = now
-                self.ping_at = now + PING_EVERY
-                self.send(EnginePacket(PING))
+        """Ping the client, or close the connection; engineio's service task calls this."""
+        silent = time.monotonic() - self.alive_at > PATIENCE and not self.busy
+        if silent or self.queue.qsize() > MAX_WAITING:
+            reason = self.server.reason.PING_TIMEOUT
+            self.server.start_background_task(self.close, reason=reason)  # may wait for the lock
+        else:
+            self.send(EnginePacket(PING))
 
-    def close(self, wait=True, abort=False, reason=None):
-        """Close without waiting for the client, TCP too; the library leaves it open."""
+    def close(self, wait=True, **how):
+        """Close without waiting for the client, and close TCP as well."""
         with lock:
-            super().close(wait=False, abort=abort, reason=reason)
-            if self.websocket:
-                self.websocket.close()
+            super().close(wait=False, **how)
+        if self.websocket:
+            self.websocket.close()
 
 
 engineio.packet.Packet = EnginePacket
@@ -821,71 +835,12 @@ engineio.socket.Socket = Connection
 
 # 8. The door: who may open a connection, and what may come through it -----------------------------
 
-SIZE = re.compile("[0-9]{0,9}")  # -1 would be read for ever
 
-
-def from_here():
-    """Return whether no other site's page sent this request."""
-    site = request.headers.get("Sec-Fetch-Site")
-    if site:
-        return site in ("same-origin", "none")
-    origin = request.headers.get("Origin")
-    return origin is None or origin.partition("://")[2] == request.host
-
-
-def check_connection(environ):
-    """Refused unless a signed-in user's own page sent it, to a connection that he opened."""
-    require(from_here(), "This was sent from another site.", 403)
-    require(current_user.is_authenticated, "Sign in first.", 401)
-    require((request.content_length or 0) <= MAX_BYTES, "Send 64 KB at most.", 413)
-    environ["REMOTE_USER"] = current_user.token
-    eio_sid = request.args.get("sid")
-    if eio_sid is not None:
-        opened_by = socketio.server.environ.get(eio_sid, {}).get("REMOTE_USER")
-        own = opened_by == current_user.token
-        require(own, "This connection is not yours, or has ended.", 403)
-
-
-def door(environ, start_response, inside=app.wsgi_app):
-    """Let a request in or refuse it, before a byte of its body is read."""
-    try:
-        with app.request_context(environ):
-            require(request.host, "Say which host you want.")  # Refused if not in TRUSTED_HOSTS
-            sized = SIZE.fullmatch(environ.get("CONTENT_LENGTH", ""))
-            chunked = "HTTP_TRANSFER_ENCODING" in environ
-            require(sized and not chunked, "Say how long the body is.", 413)
-            if request.path.startswith("/socket.io/"):
-                check_connection(environ)
-    except HTTPException as refusal:
-        return refusal(environ, start_response)
-    return inside(environ, start_response)
-
-
-@socketio.server.eio.on("connect")
-def opened(eio_sid, environ):
-    """A connection opens; not if its user has signed out since the door let it in."""
-    with lock:
-        if not state.holder(environ["REMOTE_USER"]):
-            return False
-        return socketio.server._handle_eio_connect(eio_sid, environ)
-
-
-def hang_up(sids, token):
-    """End these connections of a user, all others that came in with the token, and his polls."""
-    with lock:
-        for sid in sids:
-            socketio.server.disconnect(sid)
-        for eio_sid, environ in list(socketio.server.environ.items()):
-            if environ.get("REMOTE_USER") == token:  # perhaps it never got as far as `connect`
-                socketio.server.eio.disconnect(eio_sid)
-        news.notify_all()
-
-
-class Packet(socketio.server.packet_class):
-    """A packet of Socket.IO. Its event has a name that clients may use, and one JSON object."""
+class Packet(SocketIOPacket):
+    """A Socket.IO packet. An event has a name that clients may use, and one JSON object."""
 
     def decode(self, encoded_packet):
-        """Read a packet that a client sent; what is no good event becomes one that is refused."""
+        """Decode a packet from a client. An invalid event gets a name that is refused."""
         with suppress(TypeError, ValueError, LookupError, RecursionError):
             super().decode(encoded_packet)
         if self.packet_type in (CONNECT, DISCONNECT, ACK):
@@ -898,7 +853,83 @@ class Packet(socketio.server.packet_class):
                 self.data = ["", {}]
 
 
-socketio.server.packet_class = Packet
+socketio.init_app(
+    app,
+    async_mode="threading",
+    async_handlers=False,  # handle the events of a connection in the order they were sent
+    serializer=Packet,
+    cors_allowed_origins=[],  # `door` checks the origin
+    max_http_buffer_size=MAX_BYTES,
+    ping_timeout=6,  # seconds for a round of engineio's service task over all connections
+    ping_interval=12,  # a client gives up when it hears no ping for the sum of both
+)
+engine = socketio.server.eio
+
+
+@engine.on("connect")
+def open_connection(eio_sid, environ):
+    """Open a connection, unless its user has logged out since `door` let the request in."""
+    with lock:
+        if not state.holder(environ["REMOTE_USER"]):
+            return False
+        return socketio.server._handle_eio_connect(eio_sid, environ)
+
+
+@engine.on("message")
+def handle_message(eio_sid, data):
+    """Handle a Socket.IO packet alone, unless it is for a handler that runs in parallel."""
+    packet = Packet(encoded_packet=data)
+    parallel = packet.packet_type == EVENT and packet.data[0] not in HANDLERS
+    with nullcontext() if parallel else lock:
+        if eio_sid in socketio.server.environ:  # it may have ended while we waited for the lock
+            socketio.server._handle_eio_message(eio_sid, data)
+
+
+def hang_up(sids, token):
+    """End these connections of a user, all others opened with the token, and waiting polls."""
+    with lock:
+        for sid in sids:
+            socketio.server.disconnect(sid)
+        for eio_sid, environ in list(socketio.server.environ.items()):
+            if environ.get("REMOTE_USER") == token:  # some never got as far as `connect`
+                engine.disconnect(eio_sid)
+        news.notify_all()
+
+
+def from_here():
+    """Return whether the request was not sent by a page of another site."""
+    site = request.headers.get("Sec-Fetch-Site")
+    if site:
+        return site in ("same-origin", "none")
+    origin = request.headers.get("Origin")
+    return origin is None or origin.partition("://")[2] == request.host
+
+
+def check_request(environ):
+    """Refuse a request unless a signed-in user sent it to a connection of their own."""
+    require(from_here(), "This came from another site.", 403)
+    require(current_user.is_authenticated, "Sign in first.", 401)
+    environ["REMOTE_USER"] = current_user.token
+    eio_sid = request.args.get("sid")
+    if eio_sid is not None:
+        opened_by = socketio.server.environ.get(eio_sid, {}).get("REMOTE_USER")
+        own = opened_by == current_user.token
+        require(own, "This connection is not yours, or has ended.", 403)
+        environ["body"] = request.get_data(as_text=True)  # refused if over MAX_CONTENT_LENGTH
+
+
+def door(environ, start_response, inside=app.wsgi_app):
+    """Let a request in, or refuse it before a byte of its body is read."""
+    try:
+        with app.request_context(environ):
+            require(request.host, "Which host?")  # refused unless it is in TRUSTED_HOSTS
+            if request.path.startswith("/socket.io/"):
+                check_request(environ)
+    except HTTPException as refusal:
+        return refusal(environ, start_response)
+    return inside(environ, start_response)
+
+
 app.wsgi_app = door
 
 # 9. Run -------------------------------------------------------------------------------------------
@@ -907,59 +938,67 @@ app.wsgi_app = door
 class Handler(WSGIRequestHandler):
     """A request to the web server."""
 
-    timeout = 30  # seconds that a client may be silent in the midst of a request
-    disable_nagle_algorithm = True  # small frames leave at once
-    rbufsize = 2048  # bytes; a head is no longer, and each connection keeps its buffer
+    protocol_version = "HTTP/1.0"  # one request per connection: a WebSocket's end is not another
+    timeout = 30  # seconds a client may be silent in the middle of a request
+    disable_nagle_algorithm = True  # send small frames at once
+    rbufsize = 2048  # bytes, kept as long as a WebSocket lives
 
     def make_environ(self):
-        """Read the head; what nobody reads of a body is thrown away in pieces, not 10 MB each."""
-        environ, body = super().make_environ(), self.rfile
+        """Read the head. Discard a body that nobody reads in small pieces, not 10 MB each."""
+        try:
+            environ = super().make_environ()
+        except ValueError:  # not a valid URL
+            raise ConnectionError from None
+        body = self.rfile
         self.rfile = SimpleNamespace(read=lambda size: body.read1(MAX_BYTES), close=body.close)
         return environ
 
-    def run_wsgi(self):
-        """Answer; the last frame of a WebSocket is not the next request."""
-        with suppress(ValueError):  # a URL that is none
-            super().run_wsgi()
-        self.close_connection = True
 
-    def log_request(self, code="-", size="-"):
-        """Print no access lines: the events print who comes and goes."""
+def print_log():
+    """Print who comes and goes, in a thread of its own."""
+    while True:
+        print(log.get(), flush=True)
 
 
-def welcome():
-    """Make the accounts there are from the start, and print where the server is."""
+def open_accounts():
+    """Create the first accounts, and say who can sign in."""
+    threading.Thread(target=print_log, daemon=True).start()
+    accounts, password = DEMO_ACCOUNTS, "demo"
+    if LOCAL:
+        app.config.update(DEMO_ACCOUNTS=DEMO_ACCOUNTS)
+        print("Sign in as ana, luis or eva, password demo: two people, two browsers.")
+    else:
+        accounts = [TEACHER]
+        password = os.environ.get("LECTURER_PASSWORD") or secrets.token_urlsafe(6)
+        print("Others can reach this address, so there are no demo accounts: everyone registers.")
+        print(f"You are {TEACHER}, password {password}; the room staff is yours.")
+    for name in accounts:
+        with suppress(Refused):  # a State may outlive the process
+            state.register(name, generate_password_hash(password))
+
+
+def show_address():
+    """Print where the server is, for a class as a QR code as well."""
     address = get_interface_ip(socket.AF_INET) if HOST == "0.0.0.0" else HOST
     url = f"http://{address}:{PORT}"
     print(f"Full duplex and rooms: open {url}")
-    if ALONE:
-        app.config.update(DEMO_ACCOUNTS=DEMO_ACCOUNTS)
-        for name in DEMO_ACCOUNTS:
-            with suppress(Refused):  # a State may outlive the process
-                state.register(name, generate_password_hash("demo"))
-        print("Sign in as ana, luis or eva, password demo: two people, two browsers.")
-    else:
+    if not LOCAL:
         join_url = f"{url}/room?room=python"
         app.config.update(ADDRESS=address, JOIN_URL=join_url, QR_CODE=segno.make(join_url))
         app.config["QR_CODE"].terminal(compact=True)
-        password = os.environ.get("LECTURER_PASSWORD") or secrets.token_urlsafe(6)
-        with suppress(Refused):
-            state.register(TEACHER, generate_password_hash(password))
-        print("Others can reach this address, so there are no demo accounts: everybody registers.")
-        print(f"You are {TEACHER}, password {password}; the room staff is yours.")
-    print("Stop with Ctrl+C.", flush=True)
 
 
 def main():
     """Open the port, say so, and serve until Ctrl+C."""
-    sys.stdout.reconfigure(errors="replace")  # a console that cannot show a QR code
+    sys.stdout.reconfigure(errors="replace")  # some consoles cannot show a QR code
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no access lines
     try:
         listener = socket.create_server((HOST, int(PORT)), backlog=1024)
     except (OSError, ValueError, OverflowError) as error:
-        reason = f"Cannot listen on {HOST}, port {PORT}: {error}."
-        sys.exit(f"{reason} Set PORT to another number, 5001 for example.")
-    welcome()
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, whoever is connected
+        sys.exit(f"Cannot listen on HOST={HOST} and PORT={PORT}: {error}. Set HOST or PORT.")
+    show_address()
+    open_accounts()
+    print("Stop with Ctrl+C.", flush=True)
     server = make_server(
         HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()
     )
@@ -968,3 +1007,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+elif os.environ.get("FLASK_RUN_FROM_CLI"):
+    open_accounts()
