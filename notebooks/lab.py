@@ -19,6 +19,8 @@ from wsproto.events import TextMessage
 from wsproto.extensions import PerMessageDeflate
 
 ROOT, ME = Path(__file__).resolve().parent.parent, "127.0.0.1"
+# Even behind a company's proxy, this machine is reached directly.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{ME},localhost"
 GUARD = "import os, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), 9)"
 
 
@@ -223,10 +225,44 @@ def attend(wires, done, seconds=60):
                     ear.data.inbox.pop()
 
 
+def score(guess, truth, unit=""):
+    """Compare the guess (None: there is none) with what was seen: a number, a set, a text."""
+    if isinstance(truth, set) and isinstance(guess, str):
+        guess = {guess}
+    said, was = in_words(guess, unit), in_words(truth, unit)
+    numbers = isinstance(guess, int | float) and isinstance(truth, int | float)
+    if guess is None:
+        print(f"You made no guess. It was {was}.")
+    elif said == was:
+        print(f"You said {said}, and it was.")
+    elif numbers and min(guess, truth) > 0:
+        factor = max(guess, truth) / min(guess, truth)
+        print(f"You said {said}, it was {was}: off by a factor of {factor:.2g}.")
+    else:
+        print(f"You said {said}, it was {was}.")
+
+
+def in_words(value, unit):
+    """Return a value as a person writes it: 6,204 bytes; ana, luis; nobody."""
+    if isinstance(value, int | float):
+        return f"{value:,.0f} {unit}".strip() if value >= 100 else f"{value:.3g} {unit}".strip()
+    if isinstance(value, set):
+        return ", ".join(sorted(map(str, value))) or "nobody"
+    return ", ".join(value) if isinstance(value, list | tuple) else str(value)
+
+
 def check(answers, **tasks):
-    """Say of each exercise whether its answer, one of a notebook's globals(), is right."""
-    for name, right in tasks.items():
+    """Try the answers, a notebook's globals(). A task returns True, or says what is wrong."""
+    for name, task in tasks.items():
         try:
-            print(name, "is right." if right(answers[name]) else "is there, but not right yet.")
+            verdict = task(answers[name])
         except Exception as error:
-            print(name, f"fails: {error!r}" if name in answers else "is still missing.")
+            verdict = f"It fails: {error!r}"
+        if name not in answers:
+            print(f"{name} is still missing.")
+        else:
+            print(
+                f"{name} is right."
+                if verdict is True
+                else f"{name} is not right yet. {verdict or ''}"
+            )
