@@ -1,29 +1,35 @@
-"""A chat server that shows what WebSockets and rooms are, in one file.
+"""A chat server that shows what full duplex and rooms are, in one file.
 
     python app.py            then open http://127.0.0.1:5000 in two browsers
 
 A client sends events. Each event carries one JSON object and is answered by an ack:
 {"ok": true, ...} or {"ok": false, "error": "..."}.
 
-    event    a client sends         the ack adds                 who hears it
-    join     room, last_id?         room, members, missed, gap   the room, including the joiner
-    leave    room                                                the room, except the leaver
-    chat     message, room?, key?   id                           the room; without one, everyone
-    typing   room                                                the room, except the sender
-    invite   room, username         username                     that user, on all connections
-    expel    room, username                                      that user; the room, as a `leave`
+    event    a client sends         the ack adds                      who hears it
+    join     room, last_id?         room, members, missed, gap, ...   the room, joiner included
+    leave    room                                                     the room, except the leaver
+    chat     message, room?, key?   id                                the room; without, everyone
+    typing   room                                                     the room, except the sender
+    invite   room, username         username                          that user, on all connections
+    expel    room, username                                           that user; the room: `leave`
 
 Words you will meet:
 
-    connection   the line between one client and the server; Socket.IO identifies it by its sid
+    connection   the line between one client and the server; Socket.IO knows it by its sid
     room         a group of connections: what is sent to a room reaches all of them
-    ack          the answer to an event, sent only to the connection the event came from
-    key          a text the client chooses for a message, so that it can safely send it twice
-    last_id      the id of the last message the client has heard in a room
+    ack          the answer to one event, sent only to the connection that the event came from
+    key          a text that a client chooses for a message, so that it can safely send it twice
+    last_id      the id of the last message that a client has heard in a room, 1795809540921 say
 
 Sections 2 to 6 are the lesson; start with the events in section 3. Sections 7 to 9 keep the chat
-going when a client is slow, a cable is unplugged, or somebody means harm.
+going when a client is slow, a cable is unplugged, or somebody attacks.
 """
+
+import sys
+from importlib.util import find_spec
+
+if sys.version_info < (3, 11) or not find_spec("nicegui"):
+    sys.exit("It needs Python 3.11 or newer, and: python -m pip install -r requirements.txt")
 
 import threading
 
@@ -32,35 +38,41 @@ from flask_login import current_user
 from flask_socketio import ConnectionRefusedError, SocketIO, emit, join_room, leave_room
 
 # What the rest of the file needs.
-# isort: split
+import http.client
 import inspect
+import io
 import logging
 import math
+import mimetypes
 import os
 import re
 import secrets
+import signal
 import socket
-import sys
 import time
-from collections import defaultdict, deque
+import unicodedata
+from collections import OrderedDict, defaultdict, deque
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib.metadata import distribution
+from ipaddress import ip_address
 from queue import SimpleQueue
 from types import SimpleNamespace
 
 import engineio
+import psutil
 import segno
 import simple_websocket
+from engineio.exceptions import UnknownPacketError
 from engineio.packet import CLOSE, MESSAGE, PING
 from flask import g, jsonify, redirect, render_template, send_file, url_for
 from flask_bootstrap import Bootstrap5
 from flask_login import LoginManager, UserMixin, login_required, login_user, logout_user
 from limits import RateLimitItemPerMinute, storage, strategies
-from socketio.packet import ACK, CONNECT, DISCONNECT, EVENT
-from socketio.packet import Packet as SocketIOPacket
+from socketio import Manager, packet
 from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import WSGIRequestHandler, get_interface_ip, make_server
 from wsproto.frame_protocol import FrameProtocol
@@ -68,54 +80,43 @@ from wsproto.utilities import ProtocolError
 
 # 2. Set-up ----------------------------------------------------------------------------------------
 
-HOST = os.environ.get("HOST") or "127.0.0.1"
-PORT = os.environ.get("PORT") or "5000"
-LOCAL = re.fullmatch(r"localhost|127(\.\d+){3}", HOST)  # only this machine can connect
-
 app = Flask(__name__)
-socketio = SocketIO()  # set up in section 8, when all handlers are registered
+socketio = SocketIO()  # gets its application in section 8, when all handlers are registered
+# Each request and each WebSocket has a thread of its own.
 lock = threading.RLock()  # held while anything changes, until everyone who hears it has been told
-news = threading.Condition(lock)  # notified when a message is said or a user logs out
-log = SimpleQueue()  # lines to print: a blocked terminal must not block the chat
+said = threading.Condition(lock)  # notified when long polls have something to answer
+log = SimpleQueue()  # lines to print: a terminal that is stopped must not stop the chat
 
 # 3. Events ----------------------------------------------------------------------------------------
 #
-# How one message travels from socket to socket, with the section of each function:
-#
+# The way of one message from socket to socket, with the section of each step:
 #     WebSocket.wait      reads a frame, in the thread that serves the connection (7)
-#     Connection.receive  handles one packet after the other (7)
-#     handle_message      takes the lock, if the handler is marked @one_at_a_time (8)
-#     Packet.decode       makes sure that it is an event with one JSON object (8)
-#     chat, say           run with `current_user` and `request.sid` set (3)
+#     Connection.receive  handles one packet after another (7)
+#     handle_message      takes the lock if the handler is marked @one_at_a_time (8)
+#     chat, announce      run with `current_user` and `request.sid` set (3)
 #     State.say           checks the rules, numbers the message and keeps it (4)
 #     socketio.emit       hands one packet to each connection in the room (the library)
 #     Connection.send     writes it at once, or queues it if the client is slow (7)
-#
-# What `chat` returns goes back to the sender as the ack. `emit` sends to the current connection
-# only; `socketio.emit` sends to a room (`to=`) or, without one, to everyone.
-
-HANDLERS = {}
+# What a handler returns is the ack. `emit` sends to the sender's connection only, `socketio.emit`
+# to a room (`to=`) or, without one, to everyone.
 
 
 def one_at_a_time(handler):
-    """Run the handler alone, from its first line until its ack is on its way.
-
-    Mark every handler that uses `state`. Others run in parallel, so they may be slow.
-    """
-    HANDLERS[handler.__name__] = handler
+    """Mark a handler that uses `state`: it runs alone. Others run in parallel and may be slow."""
+    handler.one_at_a_time = True
     return handler
 
 
 @socketio.on("connect")
 @one_at_a_time
 def connect(auth=None):
-    """A page connects. Nobody hears it."""
+    """A page connects. Nobody hears it. Refused unless its user is signed in."""
     require(current_user.is_authenticated, "Sign in first.")
     name = current_user.name
     shown = auth.get("username", name) if isinstance(auth, dict) else name
-    require(shown == name, f"You are signed in as {name} now: load the page again.")
+    require(shown == name, f"You are now signed in as {name}. Reload the page.")
     request.environ.pop("HTTP_COOKIE", None)  # the user is known now; events need no cookie
-    state.enter(request.sid, name)
+    state.add(request.sid, name)
     join_room(f"user:{name}")  # a private channel for all connections of this user
     log.put(f"connected: {name}")
 
@@ -123,10 +124,10 @@ def connect(auth=None):
 @socketio.on("disconnect")
 @one_at_a_time
 def disconnect(reason):
-    """A connection has ended, politely or not. Its rooms hear `leave`."""
-    for room in state.joined(request.sid):
-        take_out(request.sid, room, reason)
-    name, _ = state.exit(request.sid)
+    """A connection has ended, for whatever reason. Its rooms hear `leave`."""
+    for room in state.rooms_of(request.sid):
+        remove_from_room(request.sid, room, reason)
+    name, _ = state.remove(request.sid)
     log.put(f"disconnected: {name} ({reason})")
 
 
@@ -135,28 +136,30 @@ def disconnect(reason):
 def join(data):
     """A connection enters a room. It hears what it missed; then the room hears `join`."""
     name = current_user.name
-    room = text(data, "room")
-    last_id = data.get("last_id") or 0
-    is_id = type(last_id) is int and last_id >= 0
-    require(is_id, '"last_id" must be the id of the last message you heard.')
-    state.admit(name, room)
-    new = state.enter(request.sid, name, room)
+    room = text_field(data, "room")
+    last_id = id_field(data, "last_id")
+    state.check_entry(name, room)
+    if not state.connections(name, room):
+        state.spend_notice(name)
     missed, gap = state.since(room, last_id)
     for message in missed:
         emit("chat", message)
+    new = state.add(request.sid, name, room)
     join_room(channel(room))
-    members = state.members(room)
+    notice = {"room": room, "username": name, "members": state.members(room)}
     if new:
-        joined = {"room": room, "username": name, "members": members}
-        socketio.emit("join", joined, to=channel(room))
-    return {"ok": True, "room": room, "members": members, "missed": len(missed), "gap": gap}
+        socketio.emit("join", notice, to=channel(room))
+    return {"ok": True, **notice, "missed": len(missed), "gap": gap, "last_id": state.newest()}
 
 
 @socketio.on("leave")
 @one_at_a_time
 def leave(data):
     """A connection leaves a room. The remaining members hear it."""
-    take_out(request.sid, my_room(data), "left")
+    room = my_room(data)
+    if state.connections(current_user.name, room) == [request.sid]:
+        state.spend_notice(current_user.name)
+    remove_from_room(request.sid, room, "left")
     return {"ok": True}
 
 
@@ -164,7 +167,7 @@ def leave(data):
 @one_at_a_time
 def chat(data):
     """A user says something. The room hears it, including the user; without a room, everyone."""
-    return {"ok": True, "id": say(data, request.sid)}
+    return {"ok": True, "id": announce(data, request.sid)}
 
 
 @socketio.on("typing")
@@ -173,6 +176,7 @@ def typing(data):
     """A member is typing. The room hears it, except the member's own connections."""
     name = current_user.name
     room = my_room(data)
+    state.spend_notice(name)
     own = state.connections(name, room)
     socketio.emit("typing", {"room": room, "username": name}, to=channel(room), skip_sid=own)
     return {"ok": True}
@@ -182,9 +186,8 @@ def typing(data):
 @one_at_a_time
 def invite(data):
     """The owner of a room invites a user, who hears it on all connections."""
-    host = current_user.name
-    room = text(data, "room")
-    guest = state.invite(host, room, text(data, "username"))
+    host, room, guest = my_guest(data)
+    state.invite(host, room, guest)
     socketio.emit("invite", {"room": room, "by": host}, to=f"user:{guest}")
     return {"ok": True, "username": guest}
 
@@ -193,20 +196,18 @@ def invite(data):
 @one_at_a_time
 def expel(data):
     """The owner of a room expels a user, who hears it everywhere. The room hears `leave`."""
-    host = current_user.name
-    room = text(data, "room")
-    guest = state.expel(host, room, text(data, "username"))
+    host, room, guest = my_guest(data)
+    state.expel(host, room, guest)
     socketio.emit("expel", {"room": room, "by": host}, to=f"user:{guest}")
     for sid in state.connections(guest, room):
-        take_out(sid, room, "expelled")
+        remove_from_room(sid, room, "expelled")
     return {"ok": True}
 
 
 @socketio.on("*")
 def unknown(event, data):
     """A client sends any other event. Nobody hears it."""
-    events = "join, leave, chat, typing, invite or expel"
-    raise Refused(f"Send one of the events {events}, with one JSON object.", 400)
+    raise Refused("Send join, leave, chat, typing, invite or expel, with one JSON object.", 400)
 
 
 @socketio.on_error_default
@@ -225,63 +226,131 @@ def channel(room):
 
 
 def my_room(data):
-    """Return the room that an event names. Refuse if this connection has not joined it."""
-    room = text(data, "room")
-    require(room in state.joined(request.sid), "You are not in that room.")
+    """Return the room that an event names. Refused unless this connection has joined it."""
+    room = text_field(data, "room")
+    require(room in state.rooms_of(request.sid), "You are not in that room.")
     return room
 
 
-def say(data, sid=None):
+def my_guest(data):
+    """Return (owner, room, guest) of an invitation. Refused unless the sender owns the room."""
+    host, room = current_user.name, text_field(data, "room")
+    guest = state.guest(host, room, text_field(data, "username"))
+    state.spend_notice(host)
+    return host, room, guest
+
+
+def announce(data, sid=None):
     """Send a message to its room, or to everyone, and return its id."""
     with lock:  # everyone hears all messages in the order of their ids
         message_id, message = state.say(current_user, data, sid)
         if message:
             socketio.emit("chat", message, to=channel(message["room"]))
-            news.notify_all()
+            if message["room"] is None:
+                said.notify_all()
     return message_id
 
 
-def take_out(sid, room, reason):
+def remove_from_room(sid, room, reason):
     """Take a connection out of a room. The room hears `leave` if it was the user's last one."""
-    name, gone = state.exit(sid, room)
+    name, was_last = state.remove(sid, room)
     leave_room(channel(room), sid=sid, namespace="/")
-    if gone:
-        left = {"room": room, "username": name, "members": state.members(room), "reason": reason}
-        socketio.emit("leave", left, to=channel(room))
+    if was_last:
+        notice = {"room": room, "username": name, "members": state.members(room), "reason": reason}
+        socketio.emit("leave", notice, to=channel(room))
 
 
 # 4. Rules and state: accounts, rooms, who is connected, what was said -----------------------------
 
+HOST = os.environ.get("HOST", "").strip() or "127.0.0.1"  # 0.0.0.0: every device may connect
+PORT = os.environ.get("PORT", "").strip() or "5000"
+DOMAIN = [name.strip() for name in os.environ.get("DOMAIN", "").split(",") if name.strip()]
 HISTORY = 500  # messages kept for each room, and keys for each user
-RATE = 20  # messages a user may say in a second
-BURST = 60  # messages a user may say at once
-DEMO_ACCOUNTS = ["ana", "luis", "eva"]  # with a well-known password: for this machine only
-TEACHER = "ana" if LOCAL else "lecturer"
+RATE = 20  # messages a user may say in a second; notices that others hear of the user, too
+BURST = 60  # messages, and notices, that a user may send at once
+DEMO_ACCOUNTS = ["ana", "luis", "eva"]  # their password is well known: for this machine only
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON allows it, UTF-8 does not
+
+def is_local(address):
+    """Return whether only this machine can use the address."""
+    with suppress(ValueError):
+        return ip_address(address).is_loopback
+    return address.lower() == "localhost"
+
+
+LOCAL = is_local(HOST) and not DOMAIN
+TEACHER = "ana" if LOCAL else "lecturer"  # owns the room `staff`
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON allows it, UTF-8 does not
+NO_SHAPE = {"Cc", "Cf", "Mn", "Zl", "Zp", "Zs"}  # Unicode's kinds of invisible characters, and
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that are blank
+LOOK_ALIKES = str.maketrans("I10", "llo")
 
 
 class Refused(HTTPException):
-    """Something the rules forbid, with the reason in plain words and an HTTP status."""
+    """Something that the rules forbid: an ack says why, and a page answers with the status."""
 
-    def __init__(self, reason, code, **more):
+    def __init__(self, reason, status, retry_after=None):
         super().__init__(reason)
-        self.code = code
-        self.answer = {"ok": False, "error": reason, **more}
+        self.code = status
+        self.retry_after = retry_after  # seconds
+        self.answer = {"ok": False, "error": reason}
+        if retry_after:
+            self.answer["retry_after"] = retry_after
 
 
-def require(condition, reason, code=400):
+def require(condition, reason, status=400):
     """Raise Refused with the given reason and HTTP status unless the condition is true."""
     if not condition:
-        raise Refused(reason, code)
+        raise Refused(reason, status)
 
 
-def text(data, name):
-    """Return data[name] if it is valid text, else raise Refused."""
+def text_field(data, name):
+    """Return data[name]. Refused unless it is valid text."""
     value = data.get(name)
     require(isinstance(value, str), f'Send a JSON object with a string in "{name}".')
-    require(not SURROGATE.search(value), f'"{name}" contains half of a character.')
+    require(not LONE_SURROGATE.search(value), f'"{name}" contains half of a character.')
     return value
+
+
+def id_field(data, name):
+    """Return data[name], or 0 without one. Refused unless it can be the id of a message."""
+    value = data.get(name) or 0
+    valid = type(value) is int and value >= 0  # not isinstance: True is an int, too
+    require(valid, f'"{name}" must be the id of the last message you heard.')
+    return value
+
+
+def message_field(data):
+    """Return data["message"] without blank lines around it. Refused if it shows nothing."""
+    message = re.sub(r"\A\s*\n", "", text_field(data, "message")).rstrip()
+    shown = [c for c in message if unicodedata.category(c) not in NO_SHAPE and c not in FILLERS]
+    require(shown and len(message) <= 500, "A message has 1 to 500 characters.")
+    return message
+
+
+def is_taken(name, names):
+    """Return whether a name equals one of the names in any case, or looks like it (Iuis, luis)."""
+    looks = {name.lower(), name.translate(LOOK_ALIKES).lower()}
+    return any(looks & {other.lower(), other.translate(LOOK_ALIKES).lower()} for other in names)
+
+
+class Allowance:
+    """How much a user may send: RATE in a second, BURST at once."""
+
+    def __init__(self):
+        self.left = BURST
+        self.counted_at = 0  # seconds
+
+    def spend(self, now):
+        """Use up one. Refused if none is left at this time (seconds)."""
+        earned = (now - self.counted_at) * RATE
+        self.left = min(BURST, self.left + earned)
+        self.counted_at = now
+        if self.left < 1:
+            wait = math.ceil(1000 * (1 - self.left) / RATE) / 1000
+            raise Refused(f"Slow down: the limit is {RATE} a second.", 429, retry_after=wait)
+        self.left -= 1
 
 
 class User(UserMixin):
@@ -292,43 +361,33 @@ class User(UserMixin):
         self.name = name
         self.password_hash = password_hash
         self.token = secrets.token_urlsafe()
-        self.keys = {}  # key -> id of the message that was sent with it
-        self.allowance = BURST  # messages the user may say now
-        self.counted_at = 0  # when the allowance was last counted, in seconds
+        self.keys = OrderedDict()  # key -> id of the message that was sent with it
+        self.messages = Allowance()
+        self.notices = Allowance()  # what others hear of the user besides: join, typing, ...
 
     def get_id(self):
-        """Return what Flask-Login keeps in the cookie."""
+        """Return what Flask-Login keeps in the cookie: not the id, which a log-out cannot end."""
         return self.token
-
-    def spend(self, now):
-        """Use up one message of the allowance. Refuse if none is left."""
-        earned = (now - self.counted_at) * RATE
-        self.allowance = min(BURST, self.allowance + earned)
-        self.counted_at = now
-        if self.allowance < 1:
-            wait = math.ceil(1000 * (1 - self.allowance) / RATE) / 1000
-            reason = f"Slow down: the limit is {RATE} messages a second."
-            raise Refused(reason, 429, retry_after=wait)
-        self.allowance -= 1
 
 
 class State:
-    """Everything the server remembers. Hold the lock when you call its methods."""
+    """Everything the server remembers. Hold the lock while you call a method that changes it."""
 
     def __init__(self):
         self.users = {}  # name in lower case -> User
         self.tokens = {}  # token -> User
         self.owners = {"python": None, "flask": None, "staff": TEACHER}  # room -> owner's name
         self.guests = defaultdict(set)  # room -> names of invited users
-        self.here = defaultdict(dict)  # room -> {sid: name}; here[None] has all connections
+        self.present = defaultdict(dict)  # room -> {sid: name}; present[None] has all connections
         # One message more than is given out, to tell whether there were older ones.
         self.history = defaultdict(lambda: deque(maxlen=HISTORY + 1))
         self.started = int(time.time() * 1000)  # ids start at the clock: they rise over a restart
         self.last_id = self.started
 
     def register(self, name, password_hash):
-        """Create an account and its own room. Refuse if the name is taken, in any case."""
-        require(not self.user(name), "That name is taken.", 409)
+        """Create an account and its own room. Refused if a name that looks like it is taken."""
+        taken = is_taken(name, [user.name for user in self.users.values()])
+        require(not taken, "That name is taken, or looks like one that is.", 409)
         user = User(len(self.users) + 1, name, password_hash)
         self.users[name.lower()] = user
         self.tokens[user.token] = user
@@ -337,7 +396,7 @@ class State:
 
     def user(self, name):
         """Return the User with that name, in any case, or None."""
-        return self.users.get(name.lower())
+        return self.users.get(name.strip(" ").lower())
 
     def holder(self, token):
         """Return the User the token belongs to, or None."""
@@ -346,112 +405,111 @@ class State:
     def renew(self, user):
         """Give the user a new token and return the old one, which is no longer valid."""
         old = user.token
-        user.token = secrets.token_urlsafe()
-        self.tokens[user.token] = self.tokens.pop(old)
+        account = self.tokens.pop(old)
+        account.token = secrets.token_urlsafe()
+        self.tokens[account.token] = account
         return old
 
     def rooms(self, name):
         """Return each room with its owner (or None) and whether it is open to the user."""
         return [
             {"room": room, "owner": owner, "open": self.may_enter(name, room)}
-            for room, owner in self.owners.items()
+            for room, owner in self.owners.copy().items()
         ]
 
     def may_enter(self, name, room):
         """Return whether the user may enter an existing room."""
         return self.owners[room] in (None, name) or name in self.guests[room]
 
-    def admit(self, name, room):
-        """Refuse unless the room exists and the user may enter it."""
-        require(room in self.owners, "There is no room with that name.")
+    def check_entry(self, name, room):
+        """Refused unless the room exists and the user may enter it."""
+        require(room in self.owners, "No room has that name.")
         reason = f"{room} belongs to {self.owners[room]}, who has not invited you."
         require(self.may_enter(name, room), reason)
 
     def guest(self, host, room, name):
-        """Return the guest's name as registered. Refuse unless the host owns the room."""
+        """Return the guest's name as registered. Refused unless the host owns the room."""
         require(self.owners.get(room) == host, "Only the owner of a room can invite or expel.")
         user = self.user(name)
-        require(user, "There is no user with that name.")
+        require(user, "No user has that name.")
         require(user.name != host, "You own this room: you cannot invite or expel yourself.")
         return user.name
 
     def invite(self, host, room, name):
-        """Let a user enter the host's room from now on, and return the user's name."""
-        guest = self.guest(host, room, name)
-        self.guests[room].add(guest)
-        return guest
+        """Let a user enter the host's room from now on."""
+        self.guests[room].add(self.guest(host, room, name))
 
     def expel(self, host, room, name):
-        """Withdraw an invitation, and return the user's name."""
-        guest = self.guest(host, room, name)
-        self.guests[room].discard(guest)
-        return guest
+        """Withdraw an invitation."""
+        self.guests[room].discard(self.guest(host, room, name))
 
-    def enter(self, sid, name, room=None):
+    def add(self, sid, name, room=None):
         """Add a connection to a room (None: to all connected). Return whether its user is new."""
         new = not self.connections(name, room)
-        self.here[room][sid] = name
+        self.present[room][sid] = name
         return new
 
-    def exit(self, sid, room=None):
+    def remove(self, sid, room=None):
         """Remove a connection from a room. Return its user's name and whether it was the last."""
-        name = self.here[room].pop(sid)
+        name = self.present[room].pop(sid)
         return name, not self.connections(name, room)
 
-    def joined(self, sid):
+    def rooms_of(self, sid):
         """Return the rooms that a connection has joined."""
-        return [room for room, sids in self.here.items() if room and sid in sids]
+        return [room for room, names in self.present.items() if room and sid in names]
 
     def members(self, room):
         """Return the sorted names of the users in a room."""
-        return sorted(set(self.here[room].values()))
+        return sorted(set(self.present[room].values()))
 
     def connections(self, name, room=None):
         """Return the sids of the user's connections in a room, or of all of them."""
-        return [sid for sid, owner in self.here[room].items() if owner == name]
+        return [sid for sid, owner in self.present[room].items() if owner == name]
+
+    def spend_notice(self, name):
+        """Count what others are about to hear of a user. Refused beyond the rate."""
+        self.user(name).notices.spend(time.monotonic())
 
     def say(self, user, data, sid=None):
-        """Check and keep data["message"], said in data["room"] or, without one, to everyone.
+        """Check and store data["message"], for data["room"] or, without one, for everyone.
 
         Return its id and the message to send; None instead of the message if it was sent before
         with the same key.
         """
         key = data.get("key")
         if key is not None:
-            require(1 <= len(text(data, "key")) <= 64, "A key has 1 to 64 characters.")
+            require(1 <= len(text_field(data, "key")) <= 64, "A key has 1 to 64 characters.")
             known = self.sent_with(user, key)
             if known:
                 return known, None
-        message = text(data, "message").strip()
-        require(1 <= len(message) <= 500, "A message has 1 to 500 characters.")
+        message = message_field(data)
         room = data.get("room")
         if room is not None:
-            joined = text(data, "room") in self.joined(sid)
+            joined = text_field(data, "room") in self.rooms_of(sid)
             require(joined, "Join the room before you speak in it.", 403)
-        user.spend(time.monotonic())
-        return self.keep(user, room, message, key)
+        user.messages.spend(time.monotonic())
+        return self.store(user, room, message, key)
 
     def sent_with(self, user, key):
         """Return the id of the message the user sent with this key, or None."""
         return user.keys.get(key)
 
-    def keep(self, user, room, message, key):
+    def store(self, user, room, text, key):
         """Number a message and keep it with its key. Return its id and the message to send."""
         self.last_id += 1
-        said = {
+        message = {
             "id": self.last_id,
             "room": room,
             "username": user.name,
-            "message": message,
+            "message": text,
             "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
-        self.history[room].append(said)
+        self.history[room].append(message)
         if key is not None:
             user.keys[key] = self.last_id
             if len(user.keys) > HISTORY:
-                oldest = next(iter(user.keys))
-                del user.keys[oldest]
-        return self.last_id, said
+                user.keys.popitem(last=False)  # the oldest
+        return self.last_id, message
 
     def newest(self):
         """Return the id of the last message said anywhere."""
@@ -460,7 +518,9 @@ class State:
     def since(self, room, last_id):
         """Return a room's messages after an id, oldest first, and whether some are lost."""
         newer = [message for message in self.history[room] if message["id"] > last_id]
-        gap = len(newer) > HISTORY or 0 < last_id < self.started
+        before_restart = 0 < last_id < self.started
+        from_the_future = last_id > self.last_id  # the clock was set back before a restart
+        gap = len(newer) > HISTORY or before_restart or from_the_future
         return newer[-HISTORY:], gap
 
 
@@ -468,12 +528,12 @@ state = State()
 
 # 5. Users -----------------------------------------------------------------------------------------
 
-MAX_BYTES = 64 * 1024  # in the body of a request, or in a message over a WebSocket
+MAX_BYTES = 64 * 1024  # in the head or the body of a request, or in a message over a WebSocket
 OWN_PATH = re.compile(r"/(?![/\\])[^\x00-\x1f\x7f]*")  # //host and /\host lead to other sites
 NAME = re.compile("[A-Za-z0-9_-]{1,20}")
 NO_HASH = generate_password_hash(secrets.token_hex())  # checking an unknown name takes as long
 TEN_A_MINUTE = RateLimitItemPerMinute(10)
-wrong = strategies.FixedWindowRateLimiter(storage.MemoryStorage())  # counts wrong passwords
+failed_logins = strategies.FixedWindowRateLimiter(storage.MemoryStorage())
 hashing = threading.Lock()  # hashing takes 32 MB of memory: one password at a time
 
 app.config.update(
@@ -481,10 +541,12 @@ app.config.update(
     SESSION_COOKIE_NAME=f"session-{PORT}",  # keeps two servers on one machine apart
     SESSION_COOKIE_SAMESITE="Lax",
     MAX_CONTENT_LENGTH=MAX_BYTES,
-    TRUSTED_HOSTS=["localhost", "127.0.0.1", HOST] if LOCAL else None,  # against DNS rebinding
+    # Another site can have its own name lead to this machine, and then counts as this site.
+    TRUSTED_HOSTS=DOMAIN or (["localhost", "127.0.0.1", "[::1]", HOST] if LOCAL else None),
     BOOTSTRAP_SERVE_LOCAL=True,
     DEMO_ACCOUNTS=[],
 )
+app.session_interface.get_cookie_secure = lambda app: request.is_secure  # HTTPS, by a proxy
 Bootstrap5(app)
 login_manager = LoginManager(app)
 
@@ -498,7 +560,8 @@ def load_user(token):
 @login_manager.unauthorized_handler
 def sign_in_first():
     """Redirect to the login form, and from there back to the page that was asked for."""
-    require(request.path != "/messages", "Sign in first.", 401)
+    if request.path == "/messages":
+        raise Refused("Sign in first.", 401)
     came_for = None
     if request.method == "GET":
         came_for = request.full_path.rstrip("?")
@@ -514,6 +577,28 @@ def sign_in(user):
     return redirect(path)
 
 
+@lru_cache(maxsize=1000)
+def turn_of(address):
+    """Return a lock: of those who sign in from one address, only one waits for `hashing`."""
+    return threading.Lock()
+
+
+def check_password(name, password):
+    """Return the user if the password is right, else None. Call it while you hold `hashing`.
+
+    After ten wrong passwords from an address, the name is refused for the rest of the minute.
+    """
+    attempts = name.lower()[:20], request.remote_addr
+    if not failed_logins.test(TEN_A_MINUTE, *attempts):
+        raise Refused("Too many wrong passwords for this name: wait a minute.", 429, retry_after=60)
+    user = state.user(name)
+    allowed = name.lower() not in DEMO_ACCOUNTS or is_local(request.remote_addr)
+    if check_password_hash(user.password_hash if user else NO_HASH, password) and allowed:
+        return user
+    failed_logins.hit(TEN_A_MINUTE, *attempts)
+    return None
+
+
 @app.get("/login")
 def login():
     """Show the login form."""
@@ -521,37 +606,32 @@ def login():
 
 
 @app.post("/login")
-def check_password():
-    """Log the user in. Ten wrong passwords lock the name for the rest of the minute."""
-    name = request.form.get("username", "")
+def submit_login():
+    """Log the user in."""
+    name = request.form.get("username", "").strip(" ")
     password = request.form.get("password", "")
-    g.username = name  # stays in the form if the login fails
-    attempts = name.lower()[:20], request.remote_addr
-    with hashing:  # nobody else can try between the test and the count
-        allowed = wrong.test(TEN_A_MINUTE, *attempts)
-        require(allowed, "Too many wrong passwords for this name: wait a minute.", 429)
-        user = state.user(name)
-        password_hash = user.password_hash if user else NO_HASH
-        right = check_password_hash(password_hash, password)
-        if not right:
-            wrong.hit(TEN_A_MINUTE, *attempts)
-            raise Refused("Wrong name or password.", 401)
+    with turn_of(request.remote_addr), hashing:  # nobody else can try between test and count
+        user = check_password(name, password)
+    require(user, "Wrong name or password.", 401)
     return sign_in(user)
 
 
 @app.post("/register")
 def register():
-    """Create an account and log the new user in."""
-    name = request.form.get("username", "")
+    """Create an account and log the new user in. A second click is a login."""
+    name = request.form.get("username", "").strip(" ")
     password = request.form.get("password", "")
-    g.username = name  # stays in the form if the name is refused
     require(NAME.fullmatch(name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
     require(len(password) >= 8, "A password must have at least 8 characters.")
-    require(name.lower() not in [*DEMO_ACCOUNTS, TEACHER], "That name is taken.", 409)
-    with hashing:
-        password_hash = generate_password_hash(password)
-    with lock:
-        user = state.register(name, password_hash)
+    with turn_of(request.remote_addr), hashing:
+        if state.user(name):
+            user = check_password(name, password)
+            require(user, "That name is taken.", 409)
+        else:
+            require(not is_taken(name, [*DEMO_ACCOUNTS, TEACHER]), "That name is taken.", 409)
+            password_hash = generate_password_hash(password)
+            with lock:
+                user = state.register(name, password_hash)
     return sign_in(user)
 
 
@@ -562,12 +642,17 @@ def logout():
     with lock:
         sids = state.connections(current_user.name)
         old_token = state.renew(current_user)
-        hang_up(sids, old_token)
+        hang_up(sids, old_token)  # see section 8
     logout_user()
     return redirect(url_for("login"))
 
 
 # 6. Pages -----------------------------------------------------------------------------------------
+
+mimetypes.add_type("text/javascript", ".js")  # the registry of Windows may say text/plain
+
+# The source of each handler, read before anyone edits this file.
+HANDLERS = {event: inspect.getsourcelines(handler) for event, handler, _ in socketio.handlers}
 
 
 @app.get("/")
@@ -577,19 +662,17 @@ def index():
     return render_template("index.html", last_id=state.newest())
 
 
-@cache
-def sources():
-    """Return the source of each handler, read once."""
-    found = {name: inspect.getsourcelines(handler) for name, handler in HANDLERS.items()}
-    return {name: {"lines": lines, "first": first} for name, (lines, first) in found.items()}
-
-
 @app.get("/room")
 @login_required
 def room_page():
     """Show the rooms, and the handlers behind them."""
+    handlers = {
+        event: {"lines": lines, "first": first}
+        for event, (lines, first) in HANDLERS.items()
+        if event != "*"
+    }
     rooms = state.rooms(current_user.name)
-    return render_template("room.html", rooms=rooms, handlers=sources())
+    return render_template("room.html", rooms=rooms, handlers=handlers)
 
 
 @app.get("/socket.io.js")
@@ -611,16 +694,16 @@ def messages():
     require(not math.isnan(wait), '"wait" must be a number of seconds.')
     token = current_user.token
 
-    def something_to_tell():
+    def has_answer():
         newer, _ = state.since(None, after)
         return newer or not state.holder(token)
 
-    with news:
-        news.wait_for(something_to_tell, timeout=min(25, wait))
-        newer, _ = state.since(None, after)
-    require(state.holder(token), "You have logged out.", 401)
+    with said:
+        said.wait_for(has_answer, timeout=min(25, wait))
+        newer, gap = state.since(None, after)
+    require(state.holder(token), "You have signed out.", 401)
     last_id = newer[-1]["id"] if newer else after
-    return jsonify(messages=newer, last_id=last_id)
+    return jsonify(messages=newer, last_id=last_id, gap=gap)
 
 
 @app.post("/messages")
@@ -632,25 +715,28 @@ def post_message():
     except RecursionError:  # thousands of nested lists
         data = None
     require(isinstance(data, dict), "Send one JSON object.")
-    return jsonify(id=say(data)), 201
+    return jsonify(id=announce(data)), 201
 
 
 @app.errorhandler(HTTPException)
 def say_why(error):
     """Show an error in the login form, as JSON to pollers, or as a plain page."""
-    if request.path in ("/login", "/register"):
-        return render_template("login.html", error=error.description), error.code
     if request.path == "/messages":
-        answer = {"ok": False, "error": error.description}
-        return getattr(error, "answer", answer), error.code
-    return error
+        answer = getattr(error, "answer", {"ok": False, "error": error.description})
+    elif request.path in ("/login", "/register") and not request.routing_exception:
+        answer = render_template("login.html", error=error.description)
+    else:
+        return error
+    wait = getattr(error, "retry_after", None)
+    return answer, error.code, {"Retry-After": math.ceil(wait)} if wait else {}
 
 
 @app.before_request
-def own_pages_only():
-    """Refuse a form sent by a page of another site."""
+def check_request():
+    """Refuse a form sent by a page of another site, and a body of unknown length."""
     g.nonce = secrets.token_urlsafe()
     require(request.method != "POST" or from_here(), "This came from another site.", 403)
+    require_length()
 
 
 @app.after_request
@@ -674,24 +760,28 @@ def protect(response):
 # This relies on the internals of engineio 4.15 and simple-websocket 1.1.
 
 MAX_WAITING = 6 * HISTORY  # packets that may wait for a client
+VISIT_EVERY = 6  # seconds between two pings
 PATIENCE = 10  # seconds without a sign of life
 
-writing = threading.Lock()  # held for moments, never while waiting for a client
+writing = threading.Lock()  # held for moments, never while waiting for a client or a handler
+silent = SimpleQueue()  # connections to close
+
+
+class Frame(bytes):
+    """A WebSocket frame, or the rest of one."""
 
 
 @lru_cache(maxsize=1)
 def frame(data):
-    """Return the WebSocket frame for a packet (text). Bytes are returned as they are."""
-    if isinstance(data, bytes):
-        return data
-    return bytes(FrameProtocol(client=False, extensions=[]).send_data(data))
+    """Return the frame for a packet. Without the cache, each member's is made again."""
+    return Frame(FrameProtocol(client=False, extensions=[]).send_data(data))
 
 
 class EnginePacket(engineio.packet.Packet):
-    """An Engine.IO packet. Anything malformed counts as a request to close."""
+    """An Engine.IO packet. Without this, a malformed one leaves a traceback."""
 
     def decode(self, encoded_packet):
-        """Decode a packet from a client."""
+        """Decode a packet from a client. Anything malformed counts as a request to close."""
         try:
             super().decode(encoded_packet)
             if self.packet_type == MESSAGE and not self.data:
@@ -708,9 +798,10 @@ class WebSocket(simple_websocket.Server):
         super().__init__(environ, max_message_size=MAX_BYTES)
         self.connection = connection
         self.tcp = self.sock
+        self.tcp.settimeout(3 * PATIENCE)  # without one, reading fails when `at_once` never waits
         # Keep what a slow client has not taken in our queue, where it is counted.
         self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
-        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same line, but never waits
+        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same connection, never waits
         self.at_once.setblocking(False)
         self.sock = SimpleNamespace(send=self.answer)
 
@@ -718,7 +809,7 @@ class WebSocket(simple_websocket.Server):
         """Do nothing: the library would read in a second thread."""
 
     def wait(self):
-        """Return the next message, or None after the last one."""
+        """Return the next message, or None after the last. The library drops those at the end."""
         with suppress(OSError, ProtocolError):
             while self.connected and not self.input_buffer:
                 received = self.tcp.recv(self.receive_bytes)
@@ -727,16 +818,16 @@ class WebSocket(simple_websocket.Server):
         return self.input_buffer.pop(0) if self.input_buffer else None
 
     def answer(self, frames):
-        """Send the answer to a WebSocket ping, unless the client does not keep up."""
+        """Send the answer to a WebSocket ping; the library would write it into another frame."""
         if self.connection.upgraded and self.connection.idle:
-            self.connection.send(EnginePacket(MESSAGE, bytes(frames)))
+            self.connection.send(EnginePacket(MESSAGE, Frame(frames)))
 
     def send(self, data):
-        """Write a packet (text) or the rest of a frame (bytes), however long it takes."""
-        self.tcp.sendall(frame(data))
+        """Write a packet, or the rest of a frame, however long it takes."""
+        self.tcp.sendall(data if isinstance(data, Frame) else frame(data))
 
     def close(self):
-        """Shut the TCP connection down, which wakes up its reader and writer."""
+        """Shut TCP down, so that reader and writer wake up; the library leaves it open."""
         with suppress(OSError):
             self.tcp.shutdown(socket.SHUT_RDWR)
 
@@ -748,30 +839,32 @@ class Connection(engineio.socket.Socket):
     idle = False  # the queue is empty and everything has been written
     busy = False  # one of its packets is being handled
     alive_at = math.inf  # the last sign of life: the client sent something, or took what waited
+    post = None  # the thread that handles the last POST
 
     def receive(self, packet):
-        """Handle a packet. Close the connection if too many answers wait for the client."""
+        """Handle a packet when the client has taken most answers; else they fill the memory."""
+        while self.queue.qsize() > MAX_WAITING - 2 * HISTORY and not self.closed:
+            time.sleep(0.05)
         self.busy = True
         try:
             super().receive(packet)
         finally:
             self.alive_at = time.monotonic()
             self.busy = False
-        if self.queue.qsize() > MAX_WAITING:
-            self.close()
 
     def send(self, packet):
-        """Write a packet at once if possible, else queue it."""
+        """Write a packet at once if possible, else queue it; the library wakes a thread."""
         with writing:
             if self.upgraded and self.idle:
-                data = frame(packet.encode())
+                data = packet.encode()
+                data = data if isinstance(data, Frame) else frame(data)
                 try:
                     sent = self.websocket.at_once.send(data)
                 except OSError:  # the client takes nothing now, or is gone
                     sent = 0
                 if sent == len(data):
                     return
-                packet = EnginePacket(MESSAGE, data[sent:])
+                packet = EnginePacket(MESSAGE, Frame(data[sent:]))
             self.idle = False
             self.queue.put(packet)
 
@@ -788,10 +881,13 @@ class Connection(engineio.socket.Socket):
         return packets
 
     def handle_get_request(self, environ, start_response):
-        """Answer a poll, even during an upgrade, or serve a WebSocket until it ends."""
+        """Answer a poll, or serve a WebSocket until it ends.
+
+        The library answers polls during an upgrade with nothing, 700 times a second.
+        """
         if environ.get("HTTP_UPGRADE", "").lower() != "websocket":
             return self.poll()
-        with lock:
+        with writing:
             if self.websocket:  # a second one must not take the connection over
                 return self.server._bad_request()
             try:
@@ -803,22 +899,35 @@ class Connection(engineio.socket.Socket):
         finally:
             with writing:
                 self.websocket.at_once.detach()
-        raise ConnectionError  # tells Werkzeug that there is nothing left to answer
+        raise WEBSOCKET_ENDS[self.websocket.mode]
 
     def handle_post_request(self, environ):
-        """Handle all packets of a POST; the library drops a POST with more than 16."""
-        for packet in environ["body"].split("\x1e"):
-            self.receive(EnginePacket(encoded_packet=packet))
+        """Handle the packets of a POST in a thread: Python clients wait 5 s for the answer.
+
+        The library drops a POST with more than 16 packets.
+        """
+        with writing:
+            data = environ["body"].split("\x1e"), self.post
+            self.post = threading.Thread(target=self.receive_all, args=data)
+            self.post.start()
+        self.post.join(timeout=3)
+
+    def receive_all(self, encoded, earlier):
+        """Handle packets one after another, after those of the POST before."""
+        if earlier:
+            earlier.join()
+        for encoded_packet in encoded:
+            with suppress(UnknownPacketError):
+                self.receive(EnginePacket(encoded_packet=encoded_packet))
 
     def schedule_ping(self):
         """Do nothing: the library would start a thread for the next ping."""
 
-    def check_ping_timeout(self):
-        """Ping the client, or close the connection; engineio's service task calls this."""
-        silent = time.monotonic() - self.alive_at > PATIENCE and not self.busy
-        if silent or self.queue.qsize() > MAX_WAITING:
-            reason = self.server.reason.PING_TIMEOUT
-            self.server.start_background_task(self.close, reason=reason)  # may wait for the lock
+    def visit(self):
+        """Ping the client, or have the connection closed if the client does not keep up."""
+        is_silent = time.monotonic() - self.alive_at > PATIENCE and not self.busy
+        if is_silent or self.queue.qsize() > MAX_WAITING:
+            silent.put(self)
         else:
             self.send(EnginePacket(PING))
 
@@ -830,22 +939,42 @@ class Connection(engineio.socket.Socket):
             self.websocket.close()
 
 
+# What tells each web server that there is nothing left to answer.
+WEBSOCKET_ENDS = {"werkzeug": ConnectionError, "gunicorn": StopIteration}
 engineio.packet.Packet = EnginePacket
 engineio.socket.Socket = Connection
+
+
+def visit_all():
+    """Visit all connections, again and again; the library's own rounds grow with their number."""
+    while True:
+        for eio_sid, connection in list(engine.sockets.items()):
+            if connection.closed:
+                engine.sockets.pop(eio_sid, None)
+            else:
+                connection.visit()
+        time.sleep(VISIT_EVERY)
+
+
+def close_silent():
+    """Close silent connections: each may have to wait for the lock, and no ping may wait for it."""
+    while True:
+        silent.get().close(reason=engine.reason.PING_TIMEOUT)
+
 
 # 8. The door: who may open a connection, and what may come through it -----------------------------
 
 
-class Packet(SocketIOPacket):
+class Packet(packet.Packet):
     """A Socket.IO packet. An event has a name that clients may use, and one JSON object."""
 
     def decode(self, encoded_packet):
         """Decode a packet from a client. An invalid event gets a name that is refused."""
         with suppress(TypeError, ValueError, LookupError, RecursionError):
             super().decode(encoded_packet)
-        if self.packet_type in (CONNECT, DISCONNECT, ACK):
+        if self.packet_type in (packet.CONNECT, packet.DISCONNECT, packet.ACK):
             return
-        self.packet_type = EVENT
+        self.packet_type = packet.EVENT
         match self.data:
             case [str(name), dict()] if name not in ("connect", "disconnect", "*"):
                 return
@@ -853,22 +982,33 @@ class Packet(SocketIOPacket):
                 self.data = ["", {}]
 
 
+class Announcer(Manager):
+    """Hands packets to the connections in a room."""
+
+    def emit(self, *args, **kwargs):
+        """Emit one event after another: the packets of a binary one must stay together."""
+        with lock:
+            super().emit(*args, **kwargs)
+
+
 socketio.init_app(
     app,
     async_mode="threading",
     async_handlers=False,  # handle the events of a connection in the order they were sent
+    client_manager=Announcer(),
     serializer=Packet,
-    cors_allowed_origins=[],  # `door` checks the origin
+    cors_allowed_origins=[],  # not checked by the library, but by `door`
     max_http_buffer_size=MAX_BYTES,
-    ping_timeout=6,  # seconds for a round of engineio's service task over all connections
-    ping_interval=12,  # a client gives up when it hears no ping for the sum of both
+    monitor_clients=False,  # `visit_all` does it
+    ping_interval=2 * VISIT_EVERY,  # a client that hears no ping for the sum of both gives up
+    ping_timeout=VISIT_EVERY,
 )
 engine = socketio.server.eio
 
 
 @engine.on("connect")
 def open_connection(eio_sid, environ):
-    """Open a connection, unless its user has logged out since `door` let the request in."""
+    """Open a connection, unless its user has signed out since `door` let the request in."""
     with lock:
         if not state.holder(environ["REMOTE_USER"]):
             return False
@@ -877,9 +1017,12 @@ def open_connection(eio_sid, environ):
 
 @engine.on("message")
 def handle_message(eio_sid, data):
-    """Handle a Socket.IO packet alone, unless it is for a handler that runs in parallel."""
-    packet = Packet(encoded_packet=data)
-    parallel = packet.packet_type == EVENT and packet.data[0] not in HANDLERS
+    """Handle a Socket.IO packet under the lock, unless its handler may run in parallel."""
+    received = Packet(encoded_packet=data)
+    parallel = False
+    if received.packet_type == packet.EVENT:
+        handler = socketio.server.handlers["/"].get(received.data[0])
+        parallel = not hasattr(handler, "one_at_a_time")
     with nullcontext() if parallel else lock:
         if eio_sid in socketio.server.environ:  # it may have ended while we waited for the lock
             socketio.server._handle_eio_message(eio_sid, data)
@@ -893,7 +1036,7 @@ def hang_up(sids, token):
         for eio_sid, environ in list(socketio.server.environ.items()):
             if environ.get("REMOTE_USER") == token:  # some never got as far as `connect`
                 engine.disconnect(eio_sid)
-        news.notify_all()
+        said.notify_all()
 
 
 def from_here():
@@ -905,10 +1048,18 @@ def from_here():
     return origin is None or origin.partition("://")[2] == request.host
 
 
-def check_request(environ):
+def require_length():
+    """Refuse a body that does not say how long it is."""
+    chunked = "Transfer-Encoding" in request.headers
+    require(not chunked, "Send the length of the body: chunks are not accepted.", 413)
+
+
+def check_connection(environ):
     """Refuse a request unless a signed-in user sent it to a connection of their own."""
+    require(request.host, "No host has that name.")  # refused unless it is in TRUSTED_HOSTS
     require(from_here(), "This came from another site.", 403)
     require(current_user.is_authenticated, "Sign in first.", 401)
+    require_length()
     environ["REMOTE_USER"] = current_user.token
     eio_sid = request.args.get("sid")
     if eio_sid is not None:
@@ -920,17 +1071,19 @@ def check_request(environ):
 
 def door(environ, start_response, inside=app.wsgi_app):
     """Let a request in, or refuse it before a byte of its body is read."""
-    try:
-        with app.request_context(environ):
-            require(request.host, "Which host?")  # refused unless it is in TRUSTED_HOSTS
-            if request.path.startswith("/socket.io/"):
-                check_request(environ)
-    except HTTPException as refusal:
-        return refusal(environ, start_response)
+    if environ["wsgi.multithread"]:  # `flask run` and gunicorn do not call `main`; nor does a test
+        start()
+    environ["HTTP_HOST"] = environ.get("HTTP_HOST", "").lower()
+    if environ["PATH_INFO"].startswith("/socket.io/"):
+        try:
+            with app.request_context(environ):
+                check_connection(environ)
+        except HTTPException as refusal:
+            return refusal(environ, start_response)
     return inside(environ, start_response)
 
 
-app.wsgi_app = door
+app.wsgi_app = ProxyFix(door) if DOMAIN else door
 
 # 9. Run -------------------------------------------------------------------------------------------
 
@@ -943,8 +1096,26 @@ class Handler(WSGIRequestHandler):
     disable_nagle_algorithm = True  # send small frames at once
     rbufsize = 2048  # bytes, kept as long as a WebSocket lives
 
+    def parse_request(self):
+        """Read the head. Without this limit, Python accepts 6 MB before anyone signs in."""
+        body, left = self.rfile, MAX_BYTES
+
+        def readline(limit):
+            nonlocal left
+            line = body.readline(min(limit, left + 1))
+            left -= len(line)
+            if left < 0:
+                raise http.client.HTTPException("the head is longer than 64 KB")
+            return line
+
+        self.rfile = SimpleNamespace(readline=readline)
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = body
+
     def make_environ(self):
-        """Read the head. Discard a body that nobody reads in small pieces, not 10 MB each."""
+        """Discard a body that nobody reads in small pieces; Werkzeug takes 10 MB each."""
         try:
             environ = super().make_environ()
         except ValueError:  # not a valid URL
@@ -955,50 +1126,75 @@ class Handler(WSGIRequestHandler):
 
 
 def print_log():
-    """Print who comes and goes, in a thread of its own."""
+    """Print one line after another. When nobody reads them, only this thread waits."""
+    with suppress(AttributeError):  # IDLE's output cannot be set up, and a closed one is None
+        sys.stdout.reconfigure(errors="replace")  # some consoles cannot show a QR code
     while True:
-        print(log.get(), flush=True)
+        line = log.get()
+        with suppress(OSError, ValueError):  # the terminal is closed
+            print(line, flush=True)
 
 
-def open_accounts():
-    """Create the first accounts, and say who can sign in."""
-    threading.Thread(target=print_log, daemon=True).start()
+@cache
+def start():
+    """Start what runs beside the requests, create the first accounts, and say who can sign in."""
+    for task in print_log, visit_all, close_silent:
+        threading.Thread(target=task, daemon=True).start()
     accounts, password = DEMO_ACCOUNTS, "demo"
     if LOCAL:
         app.config.update(DEMO_ACCOUNTS=DEMO_ACCOUNTS)
-        print("Sign in as ana, luis or eva, password demo: two people, two browsers.")
+        log.put("Sign in as ana, luis or eva, password demo: two people, two browsers.")
     else:
         accounts = [TEACHER]
         password = os.environ.get("LECTURER_PASSWORD") or secrets.token_urlsafe(6)
-        print("Others can reach this address, so there are no demo accounts: everyone registers.")
-        print(f"You are {TEACHER}, password {password}; the room staff is yours.")
+        log.put("Other devices can reach this server: no demo accounts, everyone registers.")
+        log.put(f"You are {TEACHER}, password {password}; the room staff is yours.")
     for name in accounts:
         with suppress(Refused):  # a State may outlive the process
             state.register(name, generate_password_hash(password))
 
 
+def addresses():
+    """Return the addresses of this machine in its networks, the most likely one first."""
+    likely = get_interface_ip(socket.AF_INET)  # where the default route leads
+    found = [
+        entry.address
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET and not is_local(entry.address)
+    ]
+    return sorted(found, key=lambda address: address != likely) or [likely]
+
+
 def show_address():
-    """Print where the server is, for a class as a QR code as well."""
-    address = get_interface_ip(socket.AF_INET) if HOST == "0.0.0.0" else HOST
-    url = f"http://{address}:{PORT}"
-    print(f"Full duplex and rooms: open {url}")
+    """Say where the server is, to a class as a QR code as well."""
+    hosts = [f"[{HOST}]" if ":" in HOST else HOST]
+    if HOST == "0.0.0.0":
+        hosts = addresses()
+    urls = [f"http://{host}:{PORT}" for host in hosts]
+    log.put(f"Full duplex and rooms: open {' or '.join(urls)}")
     if not LOCAL:
-        join_url = f"{url}/room?room=python"
-        app.config.update(ADDRESS=address, JOIN_URL=join_url, QR_CODE=segno.make(join_url))
-        app.config["QR_CODE"].terminal(compact=True)
+        url = f"https://{DOMAIN[0]}" if DOMAIN else urls[0]
+        code = segno.make(f"{url}/room?room=python")
+        app.config.update(ADDRESSES=hosts, JOIN_URL=f"{url}/room?room=python", QR_CODE=code)
+        picture = io.StringIO()
+        code.terminal(picture, compact=True)
+        log.put(picture.getvalue().rstrip())
 
 
 def main():
     """Open the port, say so, and serve until Ctrl+C."""
-    sys.stdout.reconfigure(errors="replace")  # some consoles cannot show a QR code
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, whoever is connected
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no access lines
+    family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
     try:
-        listener = socket.create_server((HOST, int(PORT)), backlog=1024)
+        listener = socket.create_server((HOST, int(PORT)), family=family, backlog=1024)
     except (OSError, ValueError, OverflowError) as error:
-        sys.exit(f"Cannot listen on HOST={HOST} and PORT={PORT}: {error}. Set HOST or PORT.")
+        advice = "HOST must be an address of this machine, and PORT a number that is free: try 5001"
+        sys.exit(f"Cannot listen on HOST={HOST} and PORT={PORT}: {error}. {advice}.")
     show_address()
-    open_accounts()
-    print("Stop with Ctrl+C.", flush=True)
+    start()
+    log.put("Stop with Ctrl+C.")
     server = make_server(
         HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()
     )
@@ -1007,5 +1203,3 @@ def main():
 
 if __name__ == "__main__":
     main()
-elif os.environ.get("FLASK_RUN_FROM_CLI"):
-    open_accounts()
