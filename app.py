@@ -38,6 +38,7 @@ from flask_login import current_user
 from flask_socketio import ConnectionRefusedError, SocketIO, emit, join_room, leave_room
 
 # What the rest of the file needs.
+import errno
 import http.client
 import inspect
 import io
@@ -290,13 +291,10 @@ LOOK_ALIKES = str.maketrans("I10", "llo")
 class Refused(HTTPException):
     """Something that the rules forbid: an ack says why, and a page answers with the status."""
 
-    def __init__(self, reason, status, retry_after=None):
+    def __init__(self, reason, status, **more):
         super().__init__(reason)
         self.code = status
-        self.retry_after = retry_after  # seconds
-        self.answer = {"ok": False, "error": reason}
-        if retry_after:
-            self.answer["retry_after"] = retry_after
+        self.answer = {"ok": False, "error": reason, **more}
 
 
 def require(condition, reason, status=400):
@@ -651,8 +649,15 @@ def logout():
 
 mimetypes.add_type("text/javascript", ".js")  # the registry of Windows may say text/plain
 
-# The source of each handler, read before anyone edits this file.
-HANDLERS = {event: inspect.getsourcelines(handler) for event, handler, _ in socketio.handlers}
+
+def source(handler):
+    """Return a handler's lines of source and the number of the first."""
+    lines, first = inspect.getsourcelines(handler)
+    return {"lines": lines, "first": first}
+
+
+# What the room page shows, read before anyone edits this file.
+HANDLERS = {event: source(handler) for event, handler, _ in socketio.handlers if event != "*"}
 
 
 @app.get("/")
@@ -666,13 +671,8 @@ def index():
 @login_required
 def room_page():
     """Show the rooms, and the handlers behind them."""
-    handlers = {
-        event: {"lines": lines, "first": first}
-        for event, (lines, first) in HANDLERS.items()
-        if event != "*"
-    }
     rooms = state.rooms(current_user.name)
-    return render_template("room.html", rooms=rooms, handlers=handlers)
+    return render_template("room.html", rooms=rooms, handlers=HANDLERS)
 
 
 @app.get("/socket.io.js")
@@ -721,14 +721,15 @@ def post_message():
 @app.errorhandler(HTTPException)
 def say_why(error):
     """Show an error in the login form, as JSON to pollers, or as a plain page."""
+    answer = getattr(error, "answer", {"ok": False, "error": error.description})
+    headers = {}
+    if "retry_after" in answer:
+        headers["Retry-After"] = math.ceil(answer["retry_after"])
     if request.path == "/messages":
-        answer = getattr(error, "answer", {"ok": False, "error": error.description})
-    elif request.path in ("/login", "/register") and not request.routing_exception:
-        answer = render_template("login.html", error=error.description)
-    else:
-        return error
-    wait = getattr(error, "retry_after", None)
-    return answer, error.code, {"Retry-After": math.ceil(wait)} if wait else {}
+        return answer, error.code, headers
+    if request.path in ("/login", "/register") and not request.routing_exception:
+        return render_template("login.html", error=error.description), error.code, headers
+    return error
 
 
 @app.before_request
@@ -760,20 +761,22 @@ def protect(response):
 # This relies on the internals of engineio 4.15 and simple-websocket 1.1.
 
 MAX_WAITING = 6 * HISTORY  # packets that may wait for a client
-VISIT_EVERY = 6  # seconds between two pings
+PING_EVERY = 6  # seconds
 PATIENCE = 10  # seconds without a sign of life
 
 writing = threading.Lock()  # held for moments, never while waiting for a client or a handler
-silent = SimpleQueue()  # connections to close
+stuck = SimpleQueue()  # connections to close
 
 
 class Frame(bytes):
     """A WebSocket frame, or the rest of one."""
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1, typed=True)
 def frame(data):
-    """Return the frame for a packet. Without the cache, each member's is made again."""
+    """Return the frame for a packet. Without the cache, it is made again for each member."""
+    if isinstance(data, Frame):
+        return data
     return Frame(FrameProtocol(client=False, extensions=[]).send_data(data))
 
 
@@ -824,7 +827,7 @@ class WebSocket(simple_websocket.Server):
 
     def send(self, data):
         """Write a packet, or the rest of a frame, however long it takes."""
-        self.tcp.sendall(data if isinstance(data, Frame) else frame(data))
+        self.tcp.sendall(frame(data))
 
     def close(self):
         """Shut TCP down, so that reader and writer wake up; the library leaves it open."""
@@ -856,8 +859,7 @@ class Connection(engineio.socket.Socket):
         """Write a packet at once if possible, else queue it; the library wakes a thread."""
         with writing:
             if self.upgraded and self.idle:
-                data = packet.encode()
-                data = data if isinstance(data, Frame) else frame(data)
+                data = frame(packet.encode())
                 try:
                     sent = self.websocket.at_once.send(data)
                 except OSError:  # the client takes nothing now, or is gone
@@ -899,7 +901,7 @@ class Connection(engineio.socket.Socket):
         finally:
             with writing:
                 self.websocket.at_once.detach()
-        raise WEBSOCKET_ENDS[self.websocket.mode]
+        raise OSError(errno.EPIPE, "nothing is left to answer")  # neither web server logs it
 
     def handle_post_request(self, environ):
         """Handle the packets of a POST in a thread: Python clients wait 5 s for the answer.
@@ -923,43 +925,39 @@ class Connection(engineio.socket.Socket):
     def schedule_ping(self):
         """Do nothing: the library would start a thread for the next ping."""
 
-    def visit(self):
-        """Ping the client, or have the connection closed if the client does not keep up."""
+    def is_stuck(self):
+        """Return whether the client gives no sign of life, or takes too little of what waits."""
         is_silent = time.monotonic() - self.alive_at > PATIENCE and not self.busy
-        if is_silent or self.queue.qsize() > MAX_WAITING:
-            silent.put(self)
-        else:
-            self.send(EnginePacket(PING))
+        return is_silent or self.queue.qsize() > MAX_WAITING
 
     def close(self, wait=True, **how):
         """Close without waiting for the client, and close TCP as well."""
         with lock:
             super().close(wait=False, **how)
+        self.server.sockets.pop(self.sid, None)
         if self.websocket:
             self.websocket.close()
 
 
-# What tells each web server that there is nothing left to answer.
-WEBSOCKET_ENDS = {"werkzeug": ConnectionError, "gunicorn": StopIteration}
 engineio.packet.Packet = EnginePacket
 engineio.socket.Socket = Connection
 
 
-def visit_all():
-    """Visit all connections, again and again; the library's own rounds grow with their number."""
+def ping_all():
+    """Ping all connections, in one round; the library's takes longer the more there are."""
     while True:
-        for eio_sid, connection in list(engine.sockets.items()):
-            if connection.closed:
-                engine.sockets.pop(eio_sid, None)
+        for connection in list(engine.sockets.values()):
+            if connection.is_stuck():
+                stuck.put(connection)
             else:
-                connection.visit()
-        time.sleep(VISIT_EVERY)
+                connection.send(EnginePacket(PING))
+        time.sleep(PING_EVERY)
 
 
-def close_silent():
-    """Close silent connections: each may have to wait for the lock, and no ping may wait for it."""
+def close_stuck():
+    """Close connections; it may have to wait for the lock, and pings must not wait for it."""
     while True:
-        silent.get().close(reason=engine.reason.PING_TIMEOUT)
+        stuck.get().close(reason=engine.reason.PING_TIMEOUT)
 
 
 # 8. The door: who may open a connection, and what may come through it -----------------------------
@@ -999,9 +997,9 @@ socketio.init_app(
     serializer=Packet,
     cors_allowed_origins=[],  # not checked by the library, but by `door`
     max_http_buffer_size=MAX_BYTES,
-    monitor_clients=False,  # `visit_all` does it
-    ping_interval=2 * VISIT_EVERY,  # a client that hears no ping for the sum of both gives up
-    ping_timeout=VISIT_EVERY,
+    monitor_clients=False,  # `ping_all` does it
+    ping_interval=2 * PING_EVERY,  # a client that hears no ping for the sum of both gives up
+    ping_timeout=PING_EVERY,
 )
 engine = socketio.server.eio
 
@@ -1088,41 +1086,43 @@ app.wsgi_app = ProxyFix(door) if DOMAIN else door
 # 9. Run -------------------------------------------------------------------------------------------
 
 
+class Reader(io.BufferedReader):
+    """Reads a request. Python accepts a head of 6 MB, and Werkzeug discards 10 MB at a time."""
+
+    left = 2 * MAX_BYTES  # in the head
+
+    def readline(self, size=-1):
+        """Return a line of the head."""
+        line = super().readline(size)
+        self.left -= len(line)
+        if self.left < 0:
+            raise http.client.HTTPException("The head is too long.")
+        return line
+
+    def read(self, size=-1):
+        """Return a piece of a body that nobody wanted to read."""
+        return self.read1(MAX_BYTES)
+
+
 class Handler(WSGIRequestHandler):
     """A request to the web server."""
 
     protocol_version = "HTTP/1.0"  # one request per connection: a WebSocket's end is not another
     timeout = 30  # seconds a client may be silent in the middle of a request
     disable_nagle_algorithm = True  # send small frames at once
-    rbufsize = 2048  # bytes, kept as long as a WebSocket lives
+    rbufsize = 0  # `Reader` has the buffer
 
-    def parse_request(self):
-        """Read the head. Without this limit, Python accepts 6 MB before anyone signs in."""
-        body, left = self.rfile, MAX_BYTES
-
-        def readline(limit):
-            nonlocal left
-            line = body.readline(min(limit, left + 1))
-            left -= len(line)
-            if left < 0:
-                raise http.client.HTTPException("the head is longer than 64 KB")
-            return line
-
-        self.rfile = SimpleNamespace(readline=readline)
-        try:
-            return super().parse_request()
-        finally:
-            self.rfile = body
+    def setup(self):
+        """Prepare to read the request."""
+        super().setup()
+        self.rfile = Reader(self.rfile, 2048)  # bytes, kept as long as a WebSocket lives
 
     def make_environ(self):
-        """Discard a body that nobody reads in small pieces; Werkzeug takes 10 MB each."""
+        """Return the WSGI environment, or drop a request whose URL is not valid."""
         try:
-            environ = super().make_environ()
-        except ValueError:  # not a valid URL
+            return super().make_environ()
+        except ValueError:
             raise ConnectionError from None
-        body = self.rfile
-        self.rfile = SimpleNamespace(read=lambda size: body.read1(MAX_BYTES), close=body.close)
-        return environ
 
 
 def print_log():
@@ -1138,7 +1138,7 @@ def print_log():
 @cache
 def start():
     """Start what runs beside the requests, create the first accounts, and say who can sign in."""
-    for task in print_log, visit_all, close_silent:
+    for task in print_log, ping_all, close_stuck:
         threading.Thread(target=task, daemon=True).start()
     accounts, password = DEMO_ACCOUNTS, "demo"
     if LOCAL:
