@@ -1203,3 +1203,25 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# What `uv run app.py` installs by itself.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "flask==3.1.3",
+#   "flask-socketio==5.7.0",
+#   "flask-login==0.6.3",
+#   "simple-websocket==1.1.0",
+#   "python-socketio==5.18.1",
+#   "python-engineio==4.15.1",
+#   "bootstrap-flask==2.6.0",
+#   "nicegui==3.18.0",
+#   "limits==5.8.0",
+#   "segno==1.6.6",
+#   "psutil==7.2.2",
+# ]
+# [[tool.uv.dependency-metadata]]
+# name = "nicegui"  # only for the file it carries: 40 packages fewer
+# version = "3.18.0"
+# requires-dist = []
+# ///

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import zlib
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
@@ -36,6 +37,7 @@ from flask_socketio import SocketIOTestClient
 from lab import ME, Relay, Server, sign_in, until
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect, sync_playwright
 from wsproto import ConnectionType
 from wsproto.connection import Connection
@@ -54,6 +56,12 @@ def form(name="ana", password="demo", **more):
 def register(server, name=""):
     """A session of somebody new."""
     return sign_in(server.url, name or f"guest{os.urandom(4).hex()}", "password", "register")
+
+
+def missing(package):
+    """Skip a test that needs what this machine does not have; in CI nothing is skipped."""
+    assert "CI" not in os.environ, package
+    pytest.skip(f"needs {package}")
 
 
 def cookie_of(session):
@@ -1927,11 +1935,16 @@ LANES = "Short polling", "Long polling", "Full duplex"
 
 @contextmanager
 def launched():
-    """A real browser, without a window."""
+    """A real browser, without a window; None if there is none."""
+    places = [{"channel": "chrome"}, {"channel": "msedge"}, {}]  # where Playwright knows to look
+    browser = None
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        for place in [{"executable_path": BROWSER}] if BROWSER else places:
+            with suppress(PlaywrightError):
+                browser = browser or playwright.chromium.launch(args=FLAGS, **place)
         yield browser
-        browser.close()
+        if browser:
+            browser.close()
 
 
 def open_page(chromium, server, name, path="/", **options):
@@ -1948,10 +1961,9 @@ def open_page(chromium, server, name, path="/", **options):
 
 @pytest.fixture(scope="session")
 def chromium():
-    if not BROWSER:
-        assert "CI" not in os.environ, "no browser"
-        pytest.skip("no Chromium, Chrome or Edge on this machine")
     with launched() as browser:
+        if not browser:
+            missing("Chromium, Chrome or Edge: apt install chromium")
         yield browser
 
 
@@ -3067,10 +3079,14 @@ def test_the_server_ends_with_the_notebook_that_started_it(execute, path, accide
 # The README ---------------------------------------------------------------------------------------
 
 
-def test_the_smallest_chat_of_the_readme_runs_and_keeps_its_rooms_apart(fresh, tmp_path):
+def python_in_the_readme(start):
+    """The block of Python that begins so."""
     readme = (HERE / "README.md").read_text("utf-8")
-    program = re.search(r"```python\n(from flask .*?)```", readme, re.DOTALL)[1]
-    (tmp_path / "chat.py").write_text(program)
+    return re.search(rf"```python\n({re.escape(start)}.*?)```", readme, re.DOTALL)[1]
+
+
+def test_the_smallest_chat_of_the_readme_runs_and_keeps_its_rooms_apart(fresh, tmp_path):
+    (tmp_path / "chat.py").write_text(python_in_the_readme("from flask "))
     with socket.create_server((ME, 0)) as free:
         port = str(free.getsockname()[1])
     command = ["-m", "flask", "--app", tmp_path / "chat.py", "run"]
@@ -3084,3 +3100,36 @@ def test_the_smallest_chat_of_the_readme_runs_and_keeps_its_rooms_apart(fresh, t
     for client, message in zip(people, ("Hello", "Hello", "Alone here"), strict=True):
         event, said = client.receive(timeout=20)
         assert (event, said["message"]) == ("chat", message)
+
+
+def test_the_wave_of_the_readme_leaves_one_browser_and_is_seen_in_the_other(
+    fresh, browser, tmp_path
+):
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    wave, source = (
+        python_in_the_readme('@socketio.on("wave")'),
+        (HERE / "app.py").read_text("utf-8"),
+    )
+    place = '@socketio.on("invite")\n'  # below `typing`
+    (tmp_path / "app.py").write_text(source.replace(place, f"{wave}\n\n{place}"), "utf-8")
+    server = fresh(tmp_path / "app.py")
+    ana, luis = (browser(server, name, "/room?room=python") for name in ("ana", "luis"))
+    expect(ana.get_by_role("img", name="Who hears: ana, luis")).to_be_visible()
+    ack = ana.evaluate(
+        'new Promise((say) => socket.emit("wave", {room: "python"}, (_, ok) => say(ok)))'
+    )
+    assert ack == {"ok": True}
+    expect(luis.locator("#wire")).to_contain_text('["wave",{"room":"python","username":"ana"}]')
+    expect(ana.locator("#ran-wave")).to_be_checked()  # its source is shown
+
+
+def test_uv_installs_the_versions_that_requirements_has():
+    script = re.search(
+        r"^# /// script\n(.+?)^# ///$", (HERE / "app.py").read_text("utf-8"), re.M | re.S
+    )
+    metadata = tomllib.loads(re.sub("^# ?", "", script[1], flags=re.M))
+    requirements = (HERE / "requirements.txt").read_text("utf-8").partition("\n\n")[0]
+    pinned = [line.split()[0] for line in requirements.splitlines() if "==" in line]
+    assert metadata["dependencies"] == pinned and metadata["requires-python"] == ">=3.11"
+    (carrier,) = metadata["tool"]["uv"]["dependency-metadata"]
+    assert f"{carrier['name']}=={carrier['version']}" in pinned
