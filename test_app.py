@@ -3060,6 +3060,73 @@ def test_a_notebook_is_committed_as_one_run_from_top_to_bottom_made_it(path):
         assert output.output_type != "error" and output.get("name") != "stderr"
 
 
+SAY = "def say(message): return luis.post(f'{server.url}/messages', json={'message': message})"
+TWICE = (
+    "def twice(client, message):\n    fields = {'room': 'python', 'message': message, 'key': 'k'}\n"
+)
+INVITE = "'invite', {'room': 'staff', 'username': 'eva'}"
+EXERCISES = [  # notebook; how many cells to run before; right answers; wrong answers
+    (
+        "01_polling_vs_full_duplex",
+        1,
+        [
+            """packet = '427["chat",{"message":"bonjour"}]'""",
+            """packet = '427["chat", {"message": " bonjour", "key": "k"}]'""",
+            f"{SAY}.json()['id']",
+            "next_pause = lambda pause, news: max(pause / 2, 0.5) if news else min(pause * 2, 8)",
+            "next_pause = lambda pause, news: 0.5 if news else min(pause * 2, 8)",
+        ],
+        [
+            """packet = '42["chat",{"message":"bonjour"}]'""",
+            """packet = '427["chat",{"message":"bonjour","room":"python"}]'""",
+            "packet = 'bonjour'",
+            SAY,
+            "say = lambda message: 1",
+            "next_pause = lambda pause, news: 0",
+            "next_pause = lambda pause, news: 1",
+            "next_pause = lambda pause, news: 4.5",
+            "next_pause = lambda pause, news: 0.5 if news else 8",
+        ],
+    ),
+    (
+        "02_rooms_and_broadcasts",
+        5,
+        [
+            "hearers = {'ana laptop', 'ana phone'}",
+            f"let_in = lambda: clients['ana phone'].call({INVITE})",
+            f"{TWICE}    return [client.call('chat', fields)['id'] for _ in range(2)]",
+        ],
+        [
+            "hearers = {'ana laptop'}",
+            "hearers = {'ana laptop', 'ana phone', 'luis'}",
+            f"let_in = lambda: clients['luis'].call({INVITE})",
+            "twice = lambda client, message: [1, 1]",
+            f"{TWICE}    return [client.call('chat', fields)['id']] * 2",
+            f"{TWICE}    return [client.call('chat', fields | {{'key': k}})['id'] for k in 'ab']",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("stem, before, right, wrong", EXERCISES, ids=lambda value: str(value)[:2])
+def test_an_exercise_takes_every_right_answer_and_refuses_wrong_ones(
+    execute, stem, before, right, wrong
+):
+    notebook = nbformat.read(HERE / "notebooks" / f"{stem}.ipynb", 4)
+    cells = code(notebook)
+    checks = [cell for cell in cells if cell.metadata.slideshow.slide_type == "skip"]
+    notebook.cells = cells[:before]
+    for answer in [*right, *wrong]:
+        notebook.cells += [nbformat.v4.new_code_cell(answer), *copy.deepcopy(checks)]
+    execute(notebook)
+    verdicts = [
+        cell.outputs[0]["text"] for cell in notebook.cells[before + len(checks) :: 1 + len(checks)]
+    ]
+    for answer, verdict in zip([*right, *wrong], verdicts, strict=True):
+        name = re.search(r"(\w+)( =|\()", answer)[1]
+        assert (f"{name} is right." in verdict) == (answer in right), verdict
+
+
 @pytest.mark.parametrize(
     "path, accident",
     [(NOTEBOOKS[0], "1 / 0"), (NOTEBOOKS[2], "import os; os._exit(1)")],

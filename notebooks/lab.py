@@ -13,6 +13,7 @@ from threading import Thread
 
 import psutil
 import requests
+import socketio
 from wsproto import ConnectionType
 from wsproto.connection import Connection
 from wsproto.events import TextMessage
@@ -98,7 +99,8 @@ class Relay:
     def __init__(self, *ports, delay=0):
         self.targets, self.target = cycle(ports), ports[0]
         self.delay, self.open, self.silent = delay, True, False
-        self.lines, self.ends = [], []  # what passed on each line: (up, down); what is connected
+        self.lines, self.ends = 0, []  # how many lines there were; what is connected
+        self.passed = []  # in order: (number of the line, "up" or "down", bytes)
         self.listener = socket.create_server((ME, 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://{ME}:{self.port}"
@@ -111,24 +113,21 @@ class Relay:
             if not self.open or far.connect_ex((ME, self.target)):
                 hang_up(near)
                 continue
-            self.lines.append((up := bytearray(), down := bytearray()))
             self.ends += near, far
-            for line in (near, far, up), (far, near, down):
+            for line in (near, far, self.lines, "up"), (far, near, self.lines, "down"):
                 Thread(target=self.carry, args=line, daemon=True).start()
+            self.lines += 1
 
-    def carry(self, one, other, passed):
+    def carry(self, one, other, number, way):
+        if way == "up":  # TCP greets first: a round trip before anything is carried
+            time.sleep(2 * self.delay)
         with suppress(OSError):
             while data := one.recv(65536):
                 time.sleep(self.delay)
                 until(lambda: not self.silent, float("inf"))
-                passed += data
+                self.passed.append((number, way, data))
                 other.sendall(data)
         hang_up(one, other)
-
-    def first_line(self):
-        """The first line of text that went up to the server."""
-        lines = until(lambda: [up for up, down in self.lines if up])
-        return lines[0].partition(b"\r\n")[0].decode()
 
     def cut(self):
         """Cut every line there is. What is on its way is lost."""
@@ -225,44 +224,40 @@ def attend(wires, done, seconds=60):
                     ear.data.inbox.pop()
 
 
+def listen(client):
+    """Return the events that came to a SimpleClient, when it has been quiet for 0.2 seconds."""
+    events = []
+    with suppress(socketio.exceptions.TimeoutError):
+        while True:
+            events.append(client.receive(timeout=0.2))
+    return events
+
+
+def tell(clients, who, event, **data):
+    """Send an event, show its ack and what each client heard. Return who heard anything."""
+    print("ack  ", clients[who].call(event, data))
+    heard = {name: [event for event, _ in listen(client)] for name, client in clients.items()}
+    print("heard", heard)
+    return {name for name in heard if heard[name]}
+
+
 def score(guess, truth, unit=""):
-    """Compare the guess (None: there is none) with what was seen: a number, a set, a text."""
-    if isinstance(truth, set) and isinstance(guess, str):
-        guess = {guess}
-    said, was = in_words(guess, unit), in_words(truth, unit)
-    numbers = isinstance(guess, int | float) and isinstance(truth, int | float)
-    if guess is None:
-        print(f"You made no guess. It was {was}.")
-    elif said == was:
-        print(f"You said {said}, and it was.")
-    elif numbers and min(guess, truth) > 0:
-        factor = max(guess, truth) / min(guess, truth)
-        print(f"You said {said}, it was {was}: off by a factor of {factor:.2g}.")
-    else:
-        print(f"You said {said}, it was {was}.")
+    """Say what the reader guessed (None: nothing) and what it was: a number, a set or a text."""
+    said = "You made no guess." if guess is None else f"You said {in_words(guess, unit)}."
+    print(said, f"It was {in_words(truth, unit)}.")
 
 
 def in_words(value, unit):
-    """Return a value as a person writes it: 6,204 bytes; ana, luis; nobody."""
     if isinstance(value, int | float):
-        return f"{value:,.0f} {unit}".strip() if value >= 100 else f"{value:.3g} {unit}".strip()
-    if isinstance(value, set):
-        return ", ".join(sorted(map(str, value))) or "nobody"
-    return ", ".join(value) if isinstance(value, list | tuple) else str(value)
+        return f"{round(value, 2):,} {unit}".rstrip()
+    return (", ".join(sorted(value)) or "nobody") if isinstance(value, set) else str(value)
 
 
 def check(answers, **tasks):
     """Try the answers, a notebook's globals(). A task returns True, or says what is wrong."""
     for name, task in tasks.items():
         try:
-            verdict = task(answers[name])
+            wrong = task(answers[name])
+            print(name, "is right." if wrong is True else f"is not right yet. {wrong or ''}")
         except Exception as error:
-            verdict = f"It fails: {error!r}"
-        if name not in answers:
-            print(f"{name} is still missing.")
-        else:
-            print(
-                f"{name} is right."
-                if verdict is True
-                else f"{name} is not right yet. {verdict or ''}"
-            )
+            print(name, f"fails: {error!r}" if name in answers else "is still missing.")
