@@ -29,6 +29,7 @@ import engineio
 import lab
 import nbformat
 import pytest
+import redis
 import requests
 import socketio
 from axe_playwright_python.sync_playwright import Axe
@@ -2997,6 +2998,161 @@ def test_a_class_finds_the_address_large_on_a_projector_and_no_demo_accounts(cla
         expect(page.get_by_text("Demo accounts are off")).to_be_visible()
         expect(page.get_by_role("button", name="Sign in as")).to_have_count(0)
     assert classroom.said("█") and classroom.said("everyone registers")
+
+
+# Several processes: notebooks/shared.py -----------------------------------------------------------
+
+REDIS = """import os
+settings = ["--port", os.environ["PORT"], "--dir", os.environ["DIR"], "--appendonly", "yes"]
+os.execlp("redis-server", "redis-server", *settings)
+"""
+no_redis = not shutil.which("redis-server") and not os.environ.get("CI")
+needs_redis = pytest.mark.skipif(no_redis, reason="needs Redis: install redis-server")
+SHARED = str(HERE / "notebooks" / "shared.py")
+
+
+@contextmanager
+def sharing(folder):
+    """Yield Redis, and a function that starts one more process beside it."""
+    with ExitStack() as stack:
+        engine = stack.enter_context(Server("-c", REDIS, DIR=str(folder)))
+        settings = {"REDIS_URL": f"redis://{ME}:{engine.port}", "SECRET_KEY": "the same"}
+        yield engine, lambda: stack.enter_context(Server(SHARED, **settings))
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Two processes that serve one chat, for tests that leave them as they were."""
+    with sharing(tmp_path_factory.mktemp("redis")) as (_, start):
+        yield start(), start()
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """(Redis, start): a Redis of the test's own, and what starts a process beside it."""
+    with sharing(tmp_path) as both:
+        yield both
+
+
+def test_without_redis_a_shared_server_says_so_in_one_line_and_ends():
+    settings = os.environ | {"REDIS_URL": f"redis://{ME}:1"}
+    run = subprocess.run([sys.executable, SHARED], env=settings, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    assert re.fullmatch(
+        r"No Redis at REDIS_URL=redis://127.0.0.1:1: .*redis-server\.\n", run.stderr
+    )
+
+
+@needs_redis
+def test_two_processes_have_one_order(pair):
+    wires = [Wire(server, register(server)).enter("python") for server in pair for _ in "xx"]
+    for wire in wires:
+        wire.send(*burst(20, "order"))
+    heard = [[said["id"] for said in wire.hear(80)] for wire in wires]
+    assert heard == [sorted(set(heard[0]))] * 4
+
+
+@needs_redis
+def test_two_processes_have_the_same_accounts_and_members(pair):
+    one, two = pair
+    session = register(one, "noor")
+    assert sign_in(two.url, "noor", "password")
+    at_one, at_two = Wire(one, session).enter(), Wire(two, session).enter()
+    assert at_one.ask("join", room="flask")["members"] == ["noor"]
+    assert at_two.ask("join", room="flask")["members"] == ["noor"]
+    ana = Wire(two, sign_in(two.url, "ana")).enter()
+    assert ana.ask("join", room="flask")["members"] == ["ana", "noor"]
+    at_one.ask("leave", room="flask")  # noor is still there, at the second
+    at_two.ask("leave", room="flask")
+    *_, left = ana.until('42["leave"')
+    assert json.loads(left[2:])[1]["members"] == ["ana"] == ana.ask("join", room="flask")["members"]
+
+
+@needs_redis
+def test_a_key_that_comes_through_both_processes_at_once_is_heard_once(pair):
+    listener, session = Wire(pair[0], register(pair[0])).enter("python"), register(pair[0])
+    wires = [Wire(server, session).enter("python") for server in pair * 3]
+    once = {"room": "python", "message": "once", "key": "k"}
+    for wire in wires:
+        wire.send("420" + json.dumps(["chat", once]))
+    assert len({wire.until("430")[-1] for wire in wires}) == 1
+    wires[1].ask("chat", room="python", message="end")
+    assert [said["message"] for said in listener.hear(2)] == ["once", "end"]
+
+
+@needs_redis
+def test_an_invitation_counts_at_both_processes_and_so_does_an_expulsion(pair):
+    ana, luis = (
+        Wire(server, sign_in(server.url, name)).enter()
+        for server, name in zip(pair, ("ana", "luis"), strict=True)
+    )
+    assert refusal(luis.ask("join", room="room1"))
+    assert ana.ask("invite", room="room1", username="luis")["ok"]
+    assert json.loads(luis.until('42["invite"')[-1][2:])[1] == {"room": "room1", "by": "ana"}
+    assert luis.ask("join", room="room1")["members"] == ["luis"]
+    ana.ask("expel", room="room1", username="luis")
+    luis.until('42["expel"')
+    assert refusal(luis.ask("chat", room="room1", message="Still here?"))
+    assert refusal(luis.ask("join", room="room1"))
+
+
+@needs_redis
+def test_a_logout_at_one_process_ends_the_connections_at_the_other(pair):
+    one, two = pair
+    session = register(one)
+    wire = Wire(two, session).enter("python")
+    assert session.post(f"{one.url}/logout").status_code == 200
+    assert wire.ended()
+    session = register(one)
+    copied = cookie_of(session)
+    session.post(f"{one.url}/logout")
+    headers = {"Cookie": copied}
+    assert requests.get(f"{two.url}/messages", headers=headers).status_code == 401
+
+
+@needs_redis
+def test_the_room_hears_leave_when_a_process_is_killed(processes):
+    _, start = processes
+    one, two = start(), start()
+    ana = Wire(one, sign_in(one.url, "ana")).enter("python")
+    Wire(two, sign_in(two.url, "luis")).enter("python")
+    two.stop()
+    left = json.loads(ana.until('42["leave"')[-1][2:])[1]
+    assert (left["username"], left["reason"]) == ("luis", "connection lost")
+    assert left["members"] == ["ana"]
+
+
+@needs_redis
+def test_a_new_process_knows_from_a_snapshot_what_the_log_no_longer_holds(processes):
+    engine, start = processes
+    database, one = redis.Redis(ME, engine.port), start()
+    ana = Wire(one, sign_in(one.url, "ana")).enter("python")
+    ana.ask("chat", room="python", message="from long ago", key="k")
+    for _ in range(11):
+        ana.send(*['42["join",{"room":"python"}]'] * 100)
+    until(lambda: database.exists("snapshot"))
+    database.xtrim("log", maxlen=500, approximate=False)
+    two = start()
+    wire = Wire(two, sign_in(two.url, "ana")).enter()
+    assert wire.ask("join", room="python", last_id=0)["members"] == ["ana"]
+    assert [said["message"] for said in chats(wire.heard)] == ["from long ago"]
+    first = chats(wire.heard)[0]["id"]
+    assert wire.ask("chat", room="python", message="again", key="k")["id"] == first
+
+
+@needs_redis
+def test_while_redis_is_away_nothing_changes_and_everybody_is_told(processes):
+    engine, start = processes
+    server = start()
+    ana = Wire(server, sign_in(server.url, "ana")).enter("python")
+    engine.stop()
+    assert "Redis" in ana.ask("chat", room="python", message="Redis?")["error"]
+    answer = requests.post(f"{server.url}/login", data=form(password="wrong"))
+    assert answer.status_code == 503 and "Redis" in answer.text
+    engine.start()
+    until(lambda: ana.ask("chat", room="python", message="Redis!")["ok"])
+    assert [said["message"] for said in chats(ana.heard)] == ["Redis!"]
+    assert not server.said("Traceback")
 
 
 # The notebooks ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 
 STARTERS = {"started", "server", "fresh", "full", "classroom", "browser", "chromium", "execute"}
+STARTERS |= {"pair", "processes"}
 
 
 @pytest.hookimpl(tryfirst=True)
