@@ -142,10 +142,10 @@ def join(data):
     state.check_entry(name, room)
     if not state.connections(name, room):
         state.spend_notice(name)
+    new = state.add(request.sid, name, room)
     missed, gap = state.since(room, last_id)
     for message in missed:
         emit("chat", message)
-    new = state.add(request.sid, name, room)
     join_room(channel(room))
     notice = {"room": room, "username": name, "members": state.members(room)}
     if new:

@@ -31,7 +31,6 @@ AWAY = "Redis cannot be reached. Try again in a moment."
 ME = secrets.token_hex(8)  # this process
 KEPT = 100_000  # commands that stay in the log
 SNAPSHOT = 1_000  # commands after which a process saves all it knows
-
 database = redis.from_url(URL, decode_responses=True, socket_timeout=2, retry=None)
 signed = URLSafeSerializer(app.app.secret_key, serializer=pickle)  # pickle trusts what it loads
 
@@ -71,22 +70,17 @@ class Shared(app.State):
     def catch_up(self, mine=None):
         """Do what is new in the log. Return the result of the command at position `mine`."""
         for _, entries in database.xread({"log": self.position}):
-            for position, entry in entries:
-                own = position == mine
-                # All processes refuse what the rules forbid; the one that was asked says so.
-                with nullcontext() if own else suppress(app.Refused):
-                    result = self.do(position, *json.loads(entry["command"]))
+            for self.position, entry in entries:
+                name, arguments, self.process, self.token = json.loads(entry["command"])
+                self.clock = int(self.position.partition("-")[0])  # of Redis, in milliseconds
+                if not self.started:
+                    self.started = self.last_id = self.clock
+                self.unsaved += 1
+                own = self.position == mine
+                with nullcontext() if own else suppress(app.Refused):  # all refuse it, one says so
+                    result = getattr(self, f"do_{name}")(*arguments)
                 if own:
                     return result
-
-    def do(self, position, name, arguments, process, token):
-        """Do one command, as every process does it."""
-        self.position, self.process, self.token = position, process, token
-        self.clock = int(position.partition("-")[0])  # of Redis, in milliseconds
-        if not self.started:
-            self.started = self.last_id = self.clock
-        self.unsaved += 1
-        return getattr(self, f"do_{name}")(*arguments)
 
     def listen(self):
         """Do what other processes append, as soon as it is there."""
@@ -169,9 +163,8 @@ class Shared(app.State):
                 for room in self.rooms_of(sid):
                     app.remove_from_room(sid, room, "connection lost")
                 self.remove(sid)
-        for sid, eio_sid in mine.items():
-            if sid not in self.homes:
-                app.socketio.server.eio.disconnect(eio_sid)
+        for sid in mine.keys() - self.homes.keys():
+            app.socketio.server.eio.disconnect(mine[sid])
 
 
 class Announcer(app.Announcer):
