@@ -2162,7 +2162,7 @@ def test_a_page_whose_user_has_changed_says_so(server, browser, path, off, on):
     press(page, off), press(page, on)
     expect(state_of(page)).to_contain_text("You are now signed in as luis")
     if path == ROOM:
-        page.get_by_role("link", name="Load the page again").click()
+        page.get_by_role("link", name="Reload").click()
         expect(page.get_by_text("Signed in as luis")).to_be_visible()
 
 
@@ -2470,6 +2470,21 @@ def alert(page):
     return page.get_by_role("alert")
 
 
+def heard(page):
+    """What the picture says in words."""
+    return page.locator("#heard")
+
+
+def open_tab(page, name):
+    page.locator("#tabs").get_by_text(name, exact=True).click()
+
+
+def packets_of(page):
+    """What the wire shows, oldest first: what the packet is, its size and the packet itself."""
+    row = "row => ['note', 'size', 'text'].map(name => row.querySelector(`.${name}`).textContent)"
+    return wire_of(page).locator("li").evaluate_all(f"rows => rows.map({row})")
+
+
 def invite(page, name):
     page.get_by_label("Who is invited").fill(name)
     page.get_by_label("Who is invited").press("Enter")
@@ -2483,9 +2498,9 @@ def two(server, browser):
     return pages
 
 
-def luis_is_gone(ana, luis, reason):
-    """The room says so, and he hears nothing of it any more."""
-    expect(conversation(ana)).to_contain_text(f"luis is gone: {reason}")
+def luis_has_left(ana, luis, reason):
+    """The room says so, and luis no longer hears it."""
+    expect(conversation(ana)).to_contain_text(f"luis left{reason}")
     send(ana, "Among ourselves")
     wait_until_said(ana, "Among ourselves")
     expect(wire_of(luis)).not_to_contain_text("ourselves")
@@ -2523,12 +2538,12 @@ def test_the_address_follows_the_room_and_the_back_button_works(server, browser)
     page.go_back()
     expect(page.get_by_role("heading", name="python")).to_be_visible()
     page.go_back()
-    expect(page.get_by_role("heading", name="No room yet")).to_be_visible()
+    expect(page.get_by_role("heading", name="No room selected")).to_be_visible()
     page.go_forward()
     page.reload()
     expect(page.get_by_role("heading", name="python")).to_be_visible()
     press(page, "Leave python")
-    expect(page.get_by_role("heading", name="No room yet")).to_be_visible()
+    expect(page.get_by_role("heading", name="No room selected")).to_be_visible()
     assert page.url.endswith("/room")
 
 
@@ -2538,31 +2553,56 @@ def test_with_forty_members_the_page_fits_its_window(fresh, browser):
     page = ready(browser(server, "ana", ROOM, viewport=window))
     expect(page.get_by_text("40 here")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollHeight") == 720 and wires
-    buttons = [
-        page.get_by_role("button", name=name) for name in ("Send", "Pull the cable", "Throw")
-    ]
-    for seen in (page.get_by_label("Message"), wire_of(page), *buttons):
+    buttons = [page.get_by_role("button", name=name) for name in ("Send", "Pull the cable")]
+    picture = page.get_by_role("img", name="Who hears: ana, guest")
+    for seen in (page.get_by_label("Message"), picture, wire_of(page).locator("li").last, *buttons):
         expect(seen).to_be_in_viewport(ratio=1)
     assert members_of(page).bounding_box()["height"] < 80  # two lines
     assert conversation(page).bounding_box()["height"] > 200
 
 
+def test_forty_come_and_go_in_two_lines(fresh, browser):
+    server = fresh()
+    page = ready(browser(server, "ana", "/room?room=flask"))
+    wires = [Wire(server, register(server)).enter("flask") for _ in range(39)]
+    expect(page.get_by_text("40 here")).to_be_visible()
+    for wire in wires:
+        wire.tcp.close()
+    expect(page.get_by_text("1 here", exact=True)).to_be_visible()
+    came, went = page.locator(".notice").all_inner_texts()
+    assert came.startswith("ana, guest") and came.endswith(" and 37 others joined")
+    assert " and 36 others left: transport close" in went
+
+
+def test_only_the_last_five_hundred_lines_are_kept(fresh, browser):
+    server = fresh()
+    page, wires = ready(browser(server, "ana", ROOM)), crowd(server, 10)
+    for wire in wires:
+        wire.send(*burst(60))
+    for wire in wires:
+        wire.until("4360")
+    send(page, "The last one")
+    wait_until_said(page, "The last one")
+    assert conversation(page).locator("li").count() == 500
+
+
 def test_locked_rooms_beyond_six_are_folded_with_their_number(fresh, browser):
     server = fresh()
+    expect(browser(server, "ana", "/room").locator("#locked li").first).to_be_visible()
     for _ in range(10):
         register(server)
     page = browser(server, "ana", "/room")
-    locked = page.locator("#locked li:visible")
-    expect(page.get_by_role("heading", name="Locked rooms: 12")).to_be_visible()
-    expect(locked).to_have_count(6)
-    page.get_by_text("All of them").click()
+    locked = page.locator("#locked li")
     expect(locked).to_have_count(12)
+    expect(locked.first).to_be_hidden()
+    page.get_by_text("Locked rooms: 12").click()
+    expect(locked.last).to_be_visible()
 
 
 def test_a_room_that_does_not_exist_is_called_so(server, browser):
     page = browser(server, "ana", "/room?room=attic")
-    expect(alert(page)).to_have_text("There is no room of that name.")
-    expect(page.get_by_role("heading", name="No room yet")).to_be_visible()
+    expect(alert(page)).to_have_text("No room has that name.")
+    expect(page.get_by_role("heading", name="No room selected")).to_be_visible()
 
 
 def test_the_page_shows_who_comes_who_is_there_and_who_goes(two):
@@ -2570,7 +2610,7 @@ def test_the_page_shows_who_comes_who_is_there_and_who_goes(two):
     expect(conversation(ana)).to_contain_text("luis joined")
     press(luis, "Leave python")
     expect(members_of(ana)).not_to_contain_text("luis")
-    luis_is_gone(ana, luis, "left")
+    luis_has_left(ana, luis, "")
 
 
 def test_the_page_shows_for_a_while_who_is_typing(two):
@@ -2664,7 +2704,7 @@ def test_a_locked_room_opens_by_an_invitation_on_all_pages_of_the_guest(fresh, b
 def test_an_invitation_echoes_the_name_as_its_user_writes_it(server, browser):
     page = ready(browser(server, "ana", "/room?room=room1"))
     invite(page, "LUIS")
-    expect(alert(page)).to_have_text("luis may come in now.")
+    expect(alert(page)).to_have_text("luis can now join room1.")
     expect(page.get_by_label("Who is invited")).to_have_value("")
 
 
@@ -2676,9 +2716,9 @@ def test_who_is_expelled_is_out_at_once_and_told_so(fresh, browser):
     join(luis, "room1")
     press(ana, "Expel luis")
     expect(alert(luis)).to_have_text("ana has expelled you from room1")
-    expect(luis.get_by_role("heading", name="No room yet")).to_be_visible()
+    expect(luis.get_by_role("heading", name="No room selected")).to_be_visible()
     expect(luis.locator("#locked")).to_contain_text("room1")
-    luis_is_gone(ana, luis, "expelled")
+    luis_has_left(ana, luis, ": expelled")
 
 
 def test_only_the_owner_of_a_room_sees_invite_and_expel(two):
@@ -2691,14 +2731,14 @@ def test_only_the_owner_of_a_room_sees_invite_and_expel(two):
 def test_with_the_cable_pulled_messages_wait_and_then_arrive_once(two):
     ana, luis = two
     press(ana, "Pull the cable")
-    expect(state_of(ana)).to_contain_text("The cable is pulled")
-    expect(conversation(luis)).to_contain_text("ana is gone: client disconnect")
+    expect(state_of(ana)).to_contain_text("Cable pulled")
+    expect(conversation(luis)).to_contain_text("ana left: client disconnect")
     send(ana, "one", "two")
     expect(conversation(ana).get_by_text("waiting")).to_have_count(2)
     send(luis, "three", "four")
     wait_until_said(luis, "three", "four")
     press(ana, "Plug it in")
-    expect(conversation(ana)).to_contain_text("Missed and got back: 2")
+    expect(conversation(ana)).to_contain_text("Caught up on 2 missed messages")
     for page in two:
         wait_until_said(page, "three", "four", "one", "two")
     expect(conversation(ana).get_by_text("waiting")).to_have_count(0)
@@ -2706,10 +2746,10 @@ def test_with_the_cable_pulled_messages_wait_and_then_arrive_once(two):
 
 def test_a_cable_pulled_without_goodbye_closes_the_connection_and_says_so(two):
     ana, luis = two
-    ana.get_by_label("Without goodbye").check()
+    ana.get_by_label("Skip the goodbye").check()
     press(ana, "Pull the cable")
-    expect(state_of(ana)).to_contain_text("The cable is pulled")
-    expect(conversation(luis)).to_contain_text("ana is gone: transport close (the connection ended")
+    expect(state_of(ana)).to_contain_text("Cable pulled")
+    expect(conversation(luis)).to_contain_text("ana left: transport close (the connection ended")
     expect(wire_of(ana).locator("[data-kind=disconnect]")).to_have_count(0)
     send(luis, "Meanwhile")
     send(ana, "Waited")
@@ -2756,85 +2796,177 @@ def test_a_pulled_cable_stays_pulled(server, browser):
     expect(page.get_by_role("button", name="Join python")).to_be_visible()
 
 
-def test_the_wire_shows_every_packet_as_it_is_newest_first(server, browser):
-    page = browser(
-        server, "ana", "/room?room=room1"
-    )  # its history leaves the first packet in sight
+def test_the_wire_shows_every_packet_as_it_is_newest_last(server, browser):
+    page = browser(server, "ana", "/room?room=room1")  # its history leaves the first packet there
     send(page, "Hé")
-    wait_until_said(page, "Hé")
-    expect(wire_of(page)).to_contain_text('["chat",{"room":"room1","message":"Hé","key":"')
-    rows = wire_of(page).get_by_role("listitem").all_inner_texts()
-    assert rows[-1].startswith("in open, ") and '0{"sid":"' in rows[-1]
-    assert rows[-2] == 'out connect, 20 bytes 40{"username":"ana"}'
-    assert any(row.startswith("in ack, ") and '[{"ok":true,"id":' in row for row in rows)
-    for row in rows:
-        size, raw = re.search(r"(\d+) bytes? (.*)", row, re.DOTALL).groups()
-        assert int(size) == len(raw.encode())
+    expect(wire_of(page)).to_contain_text("answers chat, ")
+    packets = packets_of(page)
+    assert packets[0][0] == "open" and packets[0][2].startswith('0{"sid":"')
+    assert packets[1] == ["connect", "20 B", '40{"username":"ana"}']
+    sent, ack = [row for row in packets if re.search('"Hé","key":|{"ok":true,"id":', row[2])]
+    assert sent[2].startswith('421["chat",{"room":"room1","message":"Hé","key":"')
+    assert ack[2].startswith("431[") and re.fullmatch(r"answers chat, \d+ ms", ack[0])
+    for _, size, raw in packets:
+        assert size == f"{len(raw.encode())} B"
 
 
-def test_the_wire_can_be_paused_and_its_pings_hidden(server, browser):
+def test_the_wire_can_be_paused_and_shows_what_it_missed_when_it_resumes(server, browser):
     page = browser(server, "ana", ROOM)
-    ping = wire_of(page).get_by_text("ping, 1 byte").first
+    send(page, "before")
+    expect(wire_of(page)).to_contain_text("before")
+    page.get_by_label("Pause").check()
+    send(page, "meanwhile")
+    wait_until_said(page, "meanwhile")
+    expect(wire_of(page)).not_to_contain_text("meanwhile")
+    page.get_by_label("Pause").uncheck()
+    expect(wire_of(page)).to_contain_text("meanwhile")
+
+
+def test_pings_can_be_hidden(server, browser):
+    page = browser(server, "ana", ROOM)
+    ping = wire_of(page).locator("[data-kind=ping]").first
     expect(ping).to_be_visible(timeout=20_000)
     page.get_by_label("Hide pings").check()
     expect(ping).to_be_hidden()
-    page.get_by_label("Pause").check()
-    send(page, "unseen")
-    wait_until_said(page, "unseen")
-    expect(wire_of(page)).not_to_contain_text("unseen")
 
 
 def test_the_wire_keeps_two_hundred_packets(server, browser):
     page, texts = browser(server, "ana", ROOM), [f"packet {number}" for number in range(70)]
     send_at_once(page, texts)
     wait_until_said(page, *texts)  # three packets each: event, ack, event
-    assert wire_of(page).locator("li").count() == 200
+    expect(wire_of(page).locator("li")).to_have_count(200)
 
 
 def test_the_handler_that_ran_last_is_shown_as_it_stands_in_the_program(server, browser):
     page = browser(server, "ana", "/room")
-    source, program_text = page.locator(".source:visible"), (HERE / "app.py").read_text("utf-8")
+    open_tab(page, "Handler")
 
     def ran(name):
+        source = page.locator(".source.ran")
+        expect(source).to_have_attribute("data-event", name)
+        expect(source).to_be_in_viewport()
         expect(page.get_by_role("radio", name=name, exact=True)).to_be_checked()
-        expect(source.locator("pre")).to_contain_text(f"def {name}(")
-        line = int(re.search(r"line (\d+)", source.inner_text())[1])
-        first = source.locator("pre").inner_text().splitlines()[0]
-        assert program_text.splitlines()[line - 1] == first
+        lines = source.locator("code").inner_text().splitlines()
+        first = int(source.locator(".numbers").inner_text().split()[0]) - 1
+        program_lines = (HERE / "app.py").read_text("utf-8").splitlines()
+        assert lines[0] == program_lines[first] == f'@socketio.on("{name}")'
 
     ran("connect")
     join(page), ran("join")
     send(page, "Run chat!"), ran("chat")
     press(page, "Pull the cable"), ran("disconnect")
-    press(page, "Plug it in"), ran("connect")
+    press(page, "Plug it in"), ran("join")
     press(page, "Leave python"), ran("leave")
+
+
+def test_the_handler_that_ran_keeps_its_mark_when_another_is_picked(server, browser):
+    page = ready(browser(server, "ana", ROOM))
+    open_tab(page, "Handler")
+    send(page, "Run chat!")
+    ran = page.locator(".source.ran")
+    expect(ran).to_have_attribute("data-event", "chat")
+    page.locator("#handlers").get_by_text("leave", exact=True).click()
+    expect(page.locator("[data-event=leave]")).to_be_in_viewport()
+    expect(ran).to_have_attribute("data-event", "chat")
+    expect(page.locator("#handlers .ran")).to_have_text("chat")
+
+
+def test_ten_lines_of_source_and_six_packets_are_in_sight_and_large_enough(server, browser):
+    page = ready(browser(server, "ana", ROOM, viewport={"width": 1280, "height": 720}))
+    send(page, "one", "two", "three")
+    expect(wire_of(page).get_by_text("answers chat")).to_have_count(3)
+    box = page.locator("#wire-box").bounding_box()
+    tops = [row.bounding_box()["y"] for row in wire_of(page).locator("li").all()]
+    assert sum(top >= box["y"] for top in tops) >= 6
+    open_tab(page, "Handler")
+    code = page.locator(".source.ran code")
+    line, size = (
+        code.evaluate(f"code => parseFloat(getComputedStyle(code).{name})")
+        for name in ("lineHeight", "fontSize")
+    )
+    assert page.locator("#sources").bounding_box()["height"] >= 10 * line
+    assert size >= 0.024 * 720
+
+
+WAVE = '''
+@socketio.on("wave")
+def wave(data):
+    """A member waves. The room hears it."""
+    room = my_room(data)
+    socketio.emit("wave", {"room": room, "username": current_user.name}, to=channel(room))
+    socketio.emit("tick", to=channel(room))
+    socketio.emit("tick", 7, to=channel(room))
+    return {"ok": True}
+
+
+@socketio.on("*")'''
+
+
+def test_an_event_that_a_student_adds_works_from_the_browsers_console(fresh, browser, tmp_path):
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    text = (HERE / "app.py").read_text("utf-8").replace('\n@socketio.on("*")', WAVE)
+    (tmp_path / "app.py").write_text(text, "utf-8")
+    server, errors = fresh(str(tmp_path / "app.py")), []
+    ana, luis = (ready(browser(server, name, ROOM)) for name in ("ana", "luis"))
+    for page in (ana, luis):
+        page.on("pageerror", lambda error: errors.append(error))
+    expect(members_of(ana)).to_contain_text("luis")
+    ack = "new Promise(done => socket.emit('wave', {room: 'python'}, (error, ack) => done(ack)))"
+    assert ana.evaluate(ack) == {"ok": True}
+    wave = '42["wave",{"room":"python","username":"ana"}]'
+    for page in (ana, luis):
+        for packet in (wave, '42["tick"]', '42["tick",7]'):
+            expect(wire_of(page)).to_contain_text(packet)
+    send(luis, "Still here")
+    wait_until_said(ana, "Still here")
+    assert errors == []
+
+
+def test_the_page_is_a_chat_without_what_is_under_the_hood(fresh, browser, tmp_path):
+    shutil.copytree(HERE / "templates", tmp_path / "templates")
+    shutil.copy(HERE / "app.py", tmp_path)
+    for name in ("_hood.html", "_who_hears.html"):
+        (tmp_path / "templates" / name).unlink()
+    server, errors = fresh(str(tmp_path / "app.py")), []
+    ana, luis = (browser(server, name, ROOM) for name in ("ana", "luis"))
+    ana.on("pageerror", lambda error: errors.append(error))
+    send(ready(ana), "Hello")
+    wait_until_said(ready(luis), "Hello")
+    press(luis, "Leave python")
+    expect(conversation(ana)).to_contain_text("luis left")
+    assert errors == [] and ana.get_by_text("Under the hood").count() == 0
 
 
 def test_breaking_in_is_really_tried_and_refused(server, browser):
     page = ready(browser(server, "ana", "/room"))
+    open_tab(page, "Try to break in")
     for button, answer in {
         "Speak in room2": "Only those who have joined a room may speak in it.",
-        "Walk into room2": "room2 is luis's, who has not invited you.",
-        "Say nothing at all": "A message has 1 to 500 characters.",
-        "Throw luis out": "Only the owner of a room invites and expels.",
+        "Enter room2 uninvited": "room2 is luis's, who has not invited you.",
+        "Send an empty message": "A message has 1 to 500 characters.",
+        "Expel somebody from python": "Only the owner of a room invites and expels.",
     }.items():
         press(page, button, exact=False)
         ack = f'{{"ok":false,"error":"{answer}"}}'
         expect(page.locator("#ack")).to_have_text(ack)
         expect(wire_of(page)).to_contain_text(f"[{ack}]")
-    expect(page.get_by_role("heading", name="No room yet")).to_be_visible()
+    expect(page.get_by_role("heading", name="No room selected")).to_be_visible()
 
 
-def test_the_buttons_that_break_in_name_who_is_there_and_show_their_own_answers(server, browser):
+def test_the_buttons_that_break_in_show_their_own_answers_and_expel_nobody(server, browser):
     window = {"width": 1366, "height": 768}
     page, eva = browser(server, "luis", ROOM, viewport=window), browser(server, "eva", ROOM)
     expect(members_of(page)).to_contain_text("eva")
-    ack, throw = page.locator("#ack"), page.get_by_role("button", name="Throw eva out of python")
-    expect(throw).to_be_in_viewport(ratio=1)
+    open_tab(page, "Try to break in")
+    ack, button = (
+        page.locator("#ack"),
+        page.get_by_role("button", name="Expel somebody from python"),
+    )
+    expect(button).to_be_in_viewport(ratio=1)
     send(page, "An ack that is not shown there")
     wait_until_said(page, "An ack that is not shown there")
     expect(ack).to_have_text("The answer appears here.")
-    throw.click()
+    button.click()
     expect(ack).to_contain_text("Only the owner of a room invites and expels.")
     expect(ack).to_be_in_viewport(ratio=1)
     expect(eva.get_by_role("button", name="Leave python")).to_be_visible()
@@ -2854,6 +2986,121 @@ def test_the_log_keeps_its_place_and_says_that_there_is_something_new(two):
     newer.click()
     expect(conversation(ana).get_by_text("And one more").last).to_be_in_viewport()
     expect(newer).to_be_hidden()
+
+
+def test_the_picture_shows_who_hears_and_who_does_not(two, server, browser):
+    (ana, luis), eva = two, ready(browser(server, "eva", "/room"))
+    expect(eva.get_by_role("img", name="Who hears: nobody")).to_be_visible()
+    for page in two:
+        expect(page.get_by_role("img", name="Who hears: ana, luis")).to_be_visible()
+    send(luis, "Who hears me?")
+    for page in two:
+        expect(heard(page)).to_have_text("luis spoke: heard by ana, luis, not by eva.")
+    luis.get_by_label("Message").press_sequentially("H")
+    expect(heard(ana)).to_have_text("luis is typing: heard by ana, not by luis, eva.")
+    press(luis, "Leave python")
+    expect(ana.get_by_role("img", name="Who hears: ana", exact=True)).to_be_visible()
+    send(ana, "Alone")
+    expect(heard(ana)).to_have_text("ana spoke: nobody else hears it.")
+
+
+# Keeps of each light how many ways it has: up to the server, and down.
+WATCH_LIGHTS = """() => { window.lights = []; new MutationObserver(changes => {
+    for (const { addedNodes } of changes) for (const light of addedNodes) {
+        const ways = [...light.querySelectorAll('.tail')].map(tail => tail.getAttribute('d'));
+        lights.push(ways.map(way => way.match(/M/g).length));
+    }
+}).observe(find('#lights'), { childList: true }); }"""
+
+
+def test_a_light_runs_from_the_speaker_to_every_member_and_to_nobody_else(two):
+    ana, luis = two
+    ana.evaluate(WATCH_LIGHTS)
+    send(luis, "Look")
+    until(lambda: [1, 2] in ana.evaluate("lights"))  # from one of three, to two
+    assert max(map(max, ana.evaluate("lights"))) == 2
+
+
+def test_a_burst_is_drawn_as_one_light_and_told_as_what_it_was(two):
+    ana, luis = two
+    ana.evaluate(WATCH_LIGHTS)
+    send_at_once(luis, [f"burst {number}" for number in range(30)])
+    expect(heard(ana)).to_have_text(
+        re.compile(r"\d+ messages from luis: heard by ana, luis, not by")
+    )
+    wait_until_said(ana, "burst 29")
+    assert len(ana.evaluate("lights")) < 15
+
+
+def test_a_message_without_a_room_is_drawn_as_what_everyone_hears(two, server):
+    ana, _ = two
+    post(server, "To all", name="eva")
+    words = "eva spoke: without a room, heard by everyone connected."
+    expect(heard(ana)).to_have_text(words)
+
+
+def test_a_bad_state_looks_bad(two):
+    ana, _ = two
+    colour = "element => getComputedStyle(element).color"
+    good = state_of(ana).evaluate(colour)
+    member = members_of(ana).get_by_role("listitem").first
+    known = member.evaluate(colour)
+    press(ana, "Pull the cable")
+    expect(state_of(ana)).to_have_text("Cable pulled: messages wait")
+    assert state_of(ana).evaluate(colour) != good and member.evaluate(colour) != known
+    expect(heard(ana)).to_contain_text("nobody hears you")
+
+
+def test_an_enter_that_ends_a_composition_sends_nothing(server, browser):
+    page = ready(browser(server, "ana", ROOM))
+    field = page.get_by_label("Message")
+    field.fill("かな")
+    enter = "{ key: 'Enter', keyCode: 229, bubbles: true, cancelable: true }"  # Safari's
+    assert field.evaluate(f"field => field.dispatchEvent(new KeyboardEvent('keydown', {enter}))")
+    expect(field).to_have_value("かな")
+    field.press("Enter")
+    wait_until_said(page, "かな")
+
+
+def test_a_message_runs_in_its_own_direction_and_the_field_keeps_the_focus(server, browser):
+    page = ready(browser(server, "ana", ROOM))
+    send(page, "שלום", "Hello")
+    wait_until_said(page, "שלום", "Hello")
+    for text, direction in (("שלום", "rtl"), ("Hello", "ltr")):
+        expect(conversation(page).get_by_text(text).last).to_have_css("direction", direction)
+    expect(page.get_by_label("Message")).to_be_focused()
+
+
+def test_an_invisible_message_is_refused_on_the_spot(server, browser):
+    page = ready(browser(server, "ana", ROOM))
+    send(page, "\u200b \u2060")
+    expect(alert(page)).to_contain_text("an empty message is not sent")
+
+
+def test_what_is_said_of_one_room_goes_when_another_is_shown(server, browser):
+    page = ready(browser(server, "ana", "/room?room=room1"))
+    join(page)
+    page.locator("#rooms .name", has_text="room1").click()
+    invite(page, "luis")
+    expect(alert(page)).to_have_text("luis can now join room1.")
+    page.locator("#rooms .name", has_text="python").click()
+    expect(alert(page)).to_have_text("")
+
+
+def test_history_is_not_read_aloud_and_what_follows_is(server, browser):
+    luis = ready(browser(server, "luis", ROOM))
+    send(luis, "Said before")
+    wait_until_said(luis, "Said before")
+    page = browser(server, "ana", "/room")
+    watch = """() => { window.live = []; new MutationObserver(changes => {
+        for (const { target } of changes)
+            if (target.matches('.talk')) live.push(target.closest('.log').ariaLive);
+    }).observe(find('#views'), { childList: true, subtree: true }); }"""
+    page.evaluate(watch)
+    join(page)
+    wait_until_said(page, "Said before")
+    assert set(page.evaluate("live")) == {"off"}
+    expect(conversation(page)).not_to_have_attribute("aria-live", "off")
 
 
 # Everyone: eyes, phones, projectors --------------------------------------------------------------
