@@ -2996,8 +2996,8 @@ def test_the_picture_shows_who_hears_and_who_does_not(two, server, browser):
     send(luis, "Who hears me?")
     for page in two:
         expect(heard(page)).to_have_text("luis spoke: heard by ana, luis, not by eva.")
-    luis.get_by_label("Message").press_sequentially("H")
-    expect(heard(ana)).to_have_text("luis is typing: heard by ana, not by luis, eva.")
+    ana.get_by_label("Message").press_sequentially("H")
+    expect(heard(luis)).to_have_text("ana is typing: heard by luis, not by ana, eva.")
     press(luis, "Leave python")
     expect(ana.get_by_role("img", name="Who hears: ana", exact=True)).to_be_visible()
     send(ana, "Alone")
