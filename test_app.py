@@ -3051,17 +3051,6 @@ def test_a_bad_state_looks_bad(two):
     expect(heard(ana)).to_contain_text("nobody hears you")
 
 
-def test_an_enter_that_ends_a_composition_sends_nothing(server, browser):
-    page = ready(browser(server, "ana", ROOM))
-    field = page.get_by_label("Message")
-    field.fill("かな")
-    enter = "{ key: 'Enter', keyCode: 229, bubbles: true, cancelable: true }"  # Safari's
-    assert field.evaluate(f"field => field.dispatchEvent(new KeyboardEvent('keydown', {enter}))")
-    expect(field).to_have_value("かな")
-    field.press("Enter")
-    wait_until_said(page, "かな")
-
-
 def test_a_message_runs_in_its_own_direction_and_the_field_keeps_the_focus(server, browser):
     page = ready(browser(server, "ana", ROOM))
     send(page, "שלום", "Hello")
