@@ -22,7 +22,8 @@ from wsproto.extensions import PerMessageDeflate
 ROOT, ME = Path(__file__).resolve().parent.parent, "127.0.0.1"
 # Even behind a company's proxy, this machine is reached directly.
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{ME},localhost"
-GUARD = "import os, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), 9)"
+# A program may have started others: Linux and macOS kill the whole group.
+GUARD = "import os, sys; sys.stdin.read(); getattr(os, 'killpg', os.kill)(int(sys.argv[1]), 9)"
 
 
 def until(condition, seconds=20):
@@ -37,24 +38,38 @@ def until(condition, seconds=20):
 class Server:
     """`python app.py`, or another command, on a free port; it stops however this program ends."""
 
-    def __init__(self, *command, **settings):
+    def __init__(self, *command, folder=ROOT, **settings):
         with socket.create_server((ME, int(settings.get("PORT", 0)))) as free:
             self.port = free.getsockname()[1]
         self.url, self.command = f"http://{ME}:{self.port}", command or ["app.py"]
-        self.environ = os.environ | settings | {"PORT": str(self.port)}
+        self.folder, port = folder, str(self.port)
+        self.environ = os.environ | settings | {"PORT": port, "FLASK_RUN_PORT": port}
         self.start()
 
     def start(self):
         """Start it (again, after `stop`) and wait until it listens; `log` holds what it prints."""
-        own = {"cwd": ROOT, "env": self.environ, "text": True, "start_new_session": True}
+        own = {"cwd": self.folder, "env": self.environ, "text": True, "errors": "replace"}
         out = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        out["start_new_session"] = True
         self.process = subprocess.Popen([sys.executable, *self.command], **own, **out)
         # The guard's input ends when this program does, even by a crash: then it kills the server.
         guard = [sys.executable, "-c", GUARD, str(self.process.pid)]
-        self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
-        self.log, lines = [], (line.rstrip() for line in self.process.stdout)
-        Thread(target=self.log.extend, args=[lines], daemon=True).start()
-        until(lambda: self.process.poll() is not None or self.listens())
+        own = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        self.guard = subprocess.Popen(guard, **own)
+        self.log = []
+        self.reader = Thread(target=self.read, daemon=True)
+        self.reader.start()
+        try:
+            until(lambda: self.process.poll() is not None or self.listens())
+        except AssertionError:
+            self.stop()
+            raise
+
+    def read(self):
+        """Keep the last ten thousand lines: some programs print without end."""
+        for line in iter(lambda: self.process.stdout.readline(10_000), ""):
+            self.log.append(line.rstrip())
+            del self.log[:-10_000]
 
     def listens(self):
         with socket.socket() as probe:
@@ -74,6 +89,7 @@ class Server:
         """Kill the program; a second time it does nothing."""
         self.guard.communicate()
         self.process.wait()
+        self.reader.join(2)  # what it printed last is in `log` now
 
     def __enter__(self):
         return self
@@ -85,7 +101,7 @@ class Server:
 def sign_in(url, name, password="demo", form="login"):
     """A session with a user's cookie, as a browser has it; form="register" opens an account."""
     session, data = requests.Session(), {"username": name, "password": password}
-    answer = session.post(f"{url}/{form}", data=data, allow_redirects=False)
+    answer = session.post(f"{url}/{form}", data=data, allow_redirects=False, timeout=20)
     assert answer.status_code == 302, answer.text
     return session
 
@@ -98,7 +114,7 @@ class Relay:
 
     def __init__(self, *ports, delay=0):
         self.targets, self.target = cycle(ports), ports[0]
-        self.delay, self.open, self.silent = delay, True, False
+        self.delay, self.open, self.silent, self.closed = delay, True, False, False
         self.lines, self.ends = 0, []  # how many lines there were; what is connected
         self.passed = []  # in order: (number of the line, "up" or "down", bytes)
         self.listener = socket.create_server((ME, 0))
@@ -109,6 +125,8 @@ class Relay:
     def accept(self):
         while True:
             near, far = self.listener.accept()[0], socket.socket()
+            if self.closed:
+                return hang_up(near, far, self.listener)
             self.target = next(self.targets)
             if not self.open or far.connect_ex((ME, self.target)):
                 hang_up(near)
@@ -133,6 +151,12 @@ class Relay:
         """Cut every line there is. What is on its way is lost."""
         ends, self.ends = self.ends, []
         hang_up(*ends)
+
+    def close(self):
+        """Cut every line, and give the port back."""
+        self.cut()
+        self.closed = True
+        socket.create_connection((ME, self.port)).close()
 
 
 def hang_up(*ends):

@@ -1,0 +1,262 @@
+"""Judge a chat, in any language, by what is said and heard on it.
+
+    python notebooks/judge.py chat.py                        start this program, and judge it
+    python notebooks/judge.py chat.py --level 2              the first two levels only
+    python notebooks/judge.py --url http://127.0.0.1:5000    a chat that is running already
+
+    level            what the judge does                                what it counts
+    1 heard          three clients speak, over WebSocket and polling    lost, doubled
+    2 rooms          speak in a room, leave it, speak without joining   overheard
+    3 answers        events get acks, forty malformed ones as well      without ok, tracebacks, ...
+    4 doors          a stranger, another site, another's name or room   ways in
+    5 nothing lost   all speak while each is cut off again and again    lost, doubled, out of order
+
+The exit status is 0 when these levels hold, 1 when one fails, 2 when there is nothing to judge.
+A chat whose events have other names: --events chat=say,heard=said,message=text,join=enter
+"""
+
+import argparse
+import json
+import socket
+import sys
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import lab
+import requests
+from record import NAMES, Client, Record, as_text, come_back, smallest
+
+NO_ROOM = None, 7, "python", [], {}, {"room": None}, {"room": 7}, {"room": []}, {"room": {}}
+NO_TEXT = None, 7, "", " ", ["Hello"], "x" * 501
+MALFORMED = [(event, data) for event in ("join", "leave", "chat") for data in NO_ROOM]
+MALFORMED += [(event,) for event in ("join", "leave", "chat")]
+MALFORMED += [("chat", {"room": "python", "message": text}) for text in NO_TEXT]
+MALFORMED += [(event, {}) for event in ("wave", "", "connect", "disconnect")]
+
+OTHER_SITE = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
+ACCIDENTS = None, "the ack is lost", None, "cut off at once", None, "cut off while coming back"
+
+Fault = namedtuple("Fault", "kind sentence about")  # `about`: what the moments are about
+Verdict = namedtuple("Verdict", "holds counts sentence moments")
+
+
+def heard(record, server):
+    """Three clients speak, one of them by polling: each hears each message once."""
+    people = record.gather(luis="polling")
+    for _ in range(7):  # at most 16 at once: some servers throw away a POST with more
+        for one in people * 5:
+            record.say(one)
+        if not record.wait(lambda: not record.lost(people)):
+            break
+    record.settle(people)
+    yield from compare(record, people)
+
+
+def compare(record, people):
+    """Find what was lost, doubled or overheard."""
+    order = {text: place for place, text in enumerate(record.said)}
+    for one, text in record.lost(people):
+        later = [other for other in one.heard if order[other] > order[text]][:1]
+        yield Fault("lost", f'{one.name} never hears "{text}".', [text, *later, one.name])
+    for one in people:
+        for text, messages in one.heard.items():
+            if len(messages) > 1:
+                yield Fault("doubled", f'{one.name} hears "{text}" twice.', [text, one.name])
+            if one.name not in record.said[text]:
+                yield Fault("overheard", f'{one.name} should not hear "{text}".', [text])
+
+
+def rooms(record, server):
+    """Speak in a room, leave it, speak without having joined it: its members hear that."""
+    people = ana, luis, _ = record.gather()
+    record.join([ana, luis], "flask")
+    for one in people * 3:
+        record.say(one, "flask")
+    record.settle(people)
+    luis.ack("leave", {"room": "flask"})
+    record.members["flask"].remove("luis")
+    for one in [ana, luis] * 3:
+        record.say(one, "flask")
+    record.settle(people)
+    yield from compare(record, people)
+
+
+def answers(record, server):
+    """Every event gets an ack; a malformed one is refused, and nothing else happens."""
+    ana, luis, eva = record.gather()
+    before, data = tracebacks(server), {"room": "flask", "message": "Hello"}
+    for event in "join", "chat", "leave":
+        if eva.ack(event, data).get("ok") is not True:
+            about = json.dumps((event, data))
+            yield Fault("without ok", f"eva is not told that her {event} is right.", [about])
+    asked = [eva.ask(*event) for event in MALFORMED]
+    record.settle([ana, luis], lambda: all(eva.answered(about) for about in asked))
+    for about in asked:
+        ack = eva.acks.get(about, {})
+        if ack.get("ok") is not False or not ack.get("error"):
+            yield Fault("without ok", "eva is not told what is wrong.", [about])
+    for _ in range(tracebacks(server) - before):
+        yield Fault("tracebacks", "The program prints a traceback.", asked[-3:])
+    if not eva.open:
+        yield Fault("connections lost", "eva is disconnected.", asked[-3:])
+    yield from compare(record, [ana, luis])
+
+
+def tracebacks(server):
+    return len(server.said("Traceback (most recent")) if server else 0
+
+
+def doors(record, server):
+    """Try to get in without a log-in, from another site, as another user, into another's room."""
+    ana, luis, eva = record.gather()
+    stranger, guesser = requests.Session(), record.sign_in("ana", "wrong")
+    for transport in {"transport": "websocket"}, {"transport": "polling"}:
+        yield from door(record, "without a log-in", "a stranger", stranger, transport)
+        yield from door(record, "with a wrong password", "a stranger", guesser, transport)
+        yield from door(record, "from another site", "ana", ana.session, transport | OTHER_SITE)
+    ana.ack("join", {"room": "room1"})
+    for room in "room1", ana.get_sid():
+        if eva.ack("join", {"room": room}).get("ok"):
+            about = json.dumps(("join", {"room": room}))
+            yield Fault("ways in", "eva is let into a room that is ana's alone.", [about])
+    masked = Client(record, "eva", eva.session, auth={"username": "ana"})
+    masked.ack("join", {"room": "python"})
+    for one in [eva, masked] if masked.open else [eva]:
+        text, _ = record.say(one, username="ana", name="ana", user="ana")
+        record.settle([ana, luis])
+        if any(message.get("username") != "eva" for message in ana.heard.get(text, [])):
+            yield Fault("ways in", "eva speaks under another's name.", [text])
+    old = requests.Session()
+    old.cookies.update(luis.session.cookies)
+    luis.session.post(f"{record.url()}/logout", allow_redirects=False, timeout=20)
+    record.wait(lambda: not luis.open)
+    record.members["python"].remove("luis")
+    yield from door(record, "with the cookie from before the log-out", "luis", old, {})
+    (his, _), (hers, _) = record.say(luis), record.say(ana)
+    record.settle([ana, eva])
+    if his in ana.heard or hers in luis.heard:
+        yield Fault("ways in", "luis speaks or hears after the log-out.", [his, hers])
+    record.sessions.clear()
+    yield from compare(record, [ana, eva])
+
+
+def door(record, how, name, session, options):
+    """Somebody connects who must not."""
+    record.note(name, f"connects {how}", how)
+    client = Client(record, name, session, **options)
+    if client.open and client.ack("join", {"room": "python"}):
+        record.note(name, "is let in", how)
+        yield Fault("ways in", f"{name} is let in {how}.", [how])
+
+
+def nothing_lost(record, server):
+    """All speak while each is cut off again and again: all is heard once, in the order of ids."""
+    with ExitStack() as stack:
+        relays = [stack.enter_context(closing(lab.Relay(record.port))) for _ in NAMES]
+        people = record.gather([relay.port for relay in relays])
+        with ThreadPoolExecutor(len(NAMES)) as pool:
+            people = [*pool.map(talk, people, relays)]
+        record.settle(people)
+    yield from compare(record, people)
+    for one in people:
+        heard = [(messages[0].get("id") or 0, text) for text, messages in one.heard.items()]
+        for (first_id, first), (then_id, then) in pairwise(heard):
+            if then_id < first_id:
+                sentence = f'{one.name} hears "{first}" before "{then}".'
+                yield Fault("out of order", sentence, [first, then, one.name])
+
+
+def talk(client, relay):
+    """Speak as a good client does: come back after an accident, and say again what is open."""
+    record = client.record
+    if client.name == "eva":  # stays away while the others go on
+        client = come_back(client, relay, lambda: len(record.said) > 20)
+    for accident in ACCIDENTS * 4:
+        client.deaf = accident == "the ack is lost"
+        text, about = record.say(client)
+        if client.deaf:
+            record.wait(lambda client=client, text=text: text in client.missed)
+        if accident:
+            client = come_back(client, relay, again=accident == "cut off while coming back")
+            text, about = record.say(client, text=text)
+        record.wait(lambda client=client, about=about: client.answered(about))
+        if not client.acks.get(about, {}).get("ok"):
+            raise TimeoutError(f"{client.name} gets no ok any more.")
+    return client
+
+
+LEVELS = {
+    "heard": (heard, "lost", "doubled"),
+    "rooms": (rooms, "overheard"),
+    "answers": (answers, "without ok", "tracebacks", "connections lost"),
+    "doors": (doors, "ways in"),
+    "nothing lost": (nothing_lost, "lost", "doubled", "out of order"),
+}
+
+
+def start(file):
+    """Start `python FILE`, or `flask --app FILE run` where that only defines an app."""
+    file = Path(file).resolve()
+    for command in [file.name], ["-m", "flask", "--app", file.name, "run"]:
+        try:
+            server = lab.Server(*command, folder=file.parent, PYTHONUNBUFFERED="1")
+        except AssertionError:
+            raise LookupError(f"{file.name} does not listen on the port in PORT.") from None
+        if server.process.poll() is None:
+            return server
+        server.stop()
+        if server.process.returncode:
+            break
+    raise LookupError(f"{file.name} does not start. {' '.join(server.log[-1:])}")
+
+
+def judge(file=None, level=len(LEVELS), url=None, events=()):
+    """Judge a program, or what runs at a URL, up to a level. Print a line for each."""
+    with ExitStack() as stack:
+        server = stack.enter_context(start(file)) if file else None
+        port = server.port if server else urlsplit(url).port or 80
+        with socket.socket() as probe:
+            if probe.connect_ex((lab.ME, port)):
+                raise LookupError(f"Nobody listens at {url}.")
+        record = Record(port, events)
+        stack.callback(record.begin)
+        for number, (name, (examine, *kinds)) in enumerate([*LEVELS.items()][:level], 1):
+            faults = []
+            try:
+                faults += examine(record, server)
+            except (OSError, RuntimeError) as error:  # nobody answers
+                faults.append(Fault("stuck", str(error), []))
+            counts = dict.fromkeys(kinds, 0) | Counter(fault.kind for fault in faults)
+            words = ", ".join(f"{many} {kind}" for kind, many in counts.items())
+            print(f"level {number} {name}: {'fails' if faults else 'holds'} ({words})", flush=True)
+            if faults:
+                _, sentence, about = faults[0]
+                return Verdict(number - 1, counts, sentence, smallest(record.history, about))
+    return Verdict(level, counts, "", [])
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Judge a chat; the head of this file says how.")
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--url")
+    parser.add_argument("--level", type=int, default=len(LEVELS), choices=range(1, len(LEVELS) + 1))
+    parser.add_argument("--events", default="", help="chat=say,heard=said,message=text,...")
+    options = parser.parse_args()
+    if bool(options.file) == bool(options.url):
+        parser.error("Name a file or a --url.")  # exits with 2
+    events = [pair.split("=") for pair in options.events.split(",") if pair]
+    try:
+        verdict = judge(options.file, options.level, options.url, events)
+    except LookupError as error:
+        parser.exit(2, f"{error.args[0]}\n")
+    if verdict.sentence:
+        print(f"\n{verdict.sentence}\n\n{as_text(verdict.moments)}".rstrip())
+    sys.exit(verdict.holds < options.level)
+
+
+if __name__ == "__main__":
+    main()
