@@ -65,7 +65,7 @@ import engineio
 import psutil
 import segno
 import simple_websocket
-from engineio.exceptions import UnknownPacketError
+from engineio.exceptions import ContentTooLongError, UnknownPacketError
 from engineio.packet import CLOSE, MESSAGE, PING
 from flask import g, jsonify, redirect, render_template, send_file, url_for
 from flask_bootstrap import Bootstrap5
@@ -843,6 +843,7 @@ class Connection(engineio.socket.Socket):
     busy = False  # one of its packets is being handled
     alive_at = math.inf  # the last sign of life: the client sent something, or took what waited
     post = None  # the thread that handles the last POST
+    posts = 0  # how many are not handled yet
 
     def receive(self, packet):
         """Handle a packet when the client has taken most answers; else they fill the memory."""
@@ -904,15 +905,18 @@ class Connection(engineio.socket.Socket):
         raise OSError(errno.EPIPE, "nothing is left to answer")  # neither web server logs it
 
     def handle_post_request(self, environ):
-        """Handle the packets of a POST in a thread: Python clients wait 5 s for the answer.
+        """Have a POST handled, and answer it after 3 s at most: Python clients give up after 5 s.
 
         The library drops a POST with more than 16 packets.
         """
+        if self.posts > 16:
+            raise ContentTooLongError  # the library closes the connection
         with writing:
-            data = environ["body"].split("\x1e"), self.post
-            self.post = threading.Thread(target=self.receive_all, args=data)
-            self.post.start()
-        self.post.join(timeout=3)
+            self.posts += 1
+            job = environ["body"].split("\x1e"), self.post
+            post = self.post = threading.Thread(target=self.receive_all, args=job)
+            post.start()
+        post.join(timeout=3)
 
     def receive_all(self, encoded, earlier):
         """Handle packets one after another, after those of the POST before."""
@@ -921,6 +925,8 @@ class Connection(engineio.socket.Socket):
         for encoded_packet in encoded:
             with suppress(UnknownPacketError):
                 self.receive(EnginePacket(encoded_packet=encoded_packet))
+        with writing:
+            self.posts -= 1
 
     def schedule_ping(self):
         """Do nothing: the library would start a thread for the next ping."""
