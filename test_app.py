@@ -3368,10 +3368,11 @@ def test_a_new_process_knows_from_a_snapshot_what_the_log_no_longer_holds(proces
         ana.send(*['42["join",{"room":"python"}]'] * 100)
     until(lambda: database.exists("snapshot"))
     database.xtrim("log", maxlen=500, approximate=False)
+    ana.ask("chat", room="python", message="since then")
     two = start()
     wire = Wire(two, sign_in(two.url, "ana")).enter()
     assert wire.ask("join", room="python", last_id=0)["members"] == ["ana"]
-    assert [said["message"] for said in chats(wire.heard)] == ["from long ago"]
+    assert [said["message"] for said in chats(wire.heard)] == ["from long ago", "since then"]
     first = chats(wire.heard)[0]["id"]
     assert wire.ask("chat", room="python", message="again", key="k")["id"] == first
 

@@ -29,8 +29,7 @@ import app
 URL = os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379"
 AWAY = "Redis cannot be reached. Try again in a moment."
 ME = secrets.token_hex(8)  # this process
-KEPT = 100_000  # commands that stay in the log
-SNAPSHOT = 1_000  # commands after which a process saves all it knows
+KEPT = 100_000  # commands that stay in the log; a process saves all it knows after each 1,000
 database = redis.from_url(URL, decode_responses=True, socket_timeout=2, retry=None)
 signed = URLSafeSerializer(app.app.secret_key, serializer=pickle)  # pickle trusts what it loads
 
@@ -47,7 +46,8 @@ class Shared(app.State):
         self.started = 0
         if snapshot := database.get("snapshot"):
             vars(self).update(signed.loads(snapshot))
-        self.catch_up()
+        with app.lock:
+            self.catch_up()
 
     def agree(self, name, *arguments):
         """Append a command to the log, do everything up to it, and return its result."""
@@ -150,7 +150,7 @@ class Shared(app.State):
                 for process in set(self.homes.values()):
                     silent[process] = 0 if database.exists(process) else silent[process] + 1
                 self.tidy([process for process in silent if silent[process] > 2])
-                if self.unsaved > SNAPSHOT:
+                if self.unsaved > KEPT / 100:
                     self.unsaved = 0
                     database.set("snapshot", signed.dumps(vars(self)))
             time.sleep(2)
