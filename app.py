@@ -72,7 +72,7 @@ from flask_bootstrap import Bootstrap5
 from flask_login import LoginManager, UserMixin, login_required, login_user, logout_user
 from limits import RateLimitItemPerMinute, storage, strategies
 from socketio import Manager, packet
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import WSGIRequestHandler, get_interface_ip, make_server
@@ -265,7 +265,7 @@ def remove_from_room(sid, room, reason):
 
 HOST = os.environ.get("HOST", "").strip() or "127.0.0.1"  # 0.0.0.0: every device may connect
 PORT = os.environ.get("PORT", "").strip() or "5000"
-DOMAIN = [name.strip() for name in os.environ.get("DOMAIN", "").split(",") if name.strip()]
+DOMAIN = [name.strip().lower() for name in os.environ.get("DOMAIN", "").split(",") if name.strip()]
 HISTORY = 500  # messages kept for each room, and keys for each user
 RATE = 20  # messages a user may say in a second; notices that others hear of the user, too
 BURST = 60  # messages, and notices, that a user may send at once
@@ -280,6 +280,8 @@ def is_local(address):
 
 
 LOCAL = is_local(HOST) and not DOMAIN
+# Another site can have its own name lead to this machine, and then counts as this site.
+TRUSTED_HOSTS = DOMAIN or (["localhost", "127.0.0.1", "[::1]", HOST.lower()] if LOCAL else [])
 TEACHER = "ana" if LOCAL else "lecturer"  # owns the room `staff`
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON allows it, UTF-8 does not
@@ -539,8 +541,6 @@ app.config.update(
     SESSION_COOKIE_NAME=f"session-{PORT}",  # keeps two servers on one machine apart
     SESSION_COOKIE_SAMESITE="Lax",
     MAX_CONTENT_LENGTH=MAX_BYTES,
-    # Another site can have its own name lead to this machine, and then counts as this site.
-    TRUSTED_HOSTS=DOMAIN or (["localhost", "127.0.0.1", "[::1]", HOST] if LOCAL else None),
     BOOTSTRAP_SERVE_LOCAL=True,
     DEMO_ACCOUNTS=[],
 )
@@ -1060,7 +1060,6 @@ def require_length():
 
 def check_connection(environ):
     """Refuse a request unless a signed-in user sent it to a connection of their own."""
-    require(request.host, "No host has that name.")  # refused unless it is in TRUSTED_HOSTS
     require(from_here(), "This came from another site.", 403)
     require(current_user.is_authenticated, "Sign in first.", 401)
     require_length()
@@ -1077,7 +1076,9 @@ def door(environ, start_response, inside=app.wsgi_app):
     """Let a request in, or refuse it before a byte of its body is read."""
     if environ["wsgi.multithread"]:  # `flask run` and gunicorn do not call `main`; nor does a test
         start()
-    environ["HTTP_HOST"] = environ.get("HTTP_HOST", "").lower()
+    environ["HTTP_HOST"] = host = environ.get("HTTP_HOST", "").lower()
+    if TRUSTED_HOSTS and re.sub(r":\d*$", "", host) not in TRUSTED_HOSTS:  # Flask's has no IPv6
+        return BadRequest("No host has that name.")(environ, start_response)
     if environ["PATH_INFO"].startswith("/socket.io/"):
         try:
             with app.request_context(environ):
