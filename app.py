@@ -979,11 +979,9 @@ class Packet(packet.Packet):
         if self.packet_type in (packet.CONNECT, packet.DISCONNECT, packet.ACK):
             return
         self.packet_type = packet.EVENT
-        match self.data:
-            case [str(name), dict()] if name not in ("connect", "disconnect", "*"):
-                return
-            case _:
-                self.data = ["", {}]
+        kinds = [type(part) for part in self.data] if isinstance(self.data, list) else []
+        if kinds != [str, dict] or self.data[0] in ("connect", "disconnect", "*"):
+            self.data = ["", {}]
 
 
 class Announcer(Manager):
