@@ -70,6 +70,7 @@ from engineio.packet import CLOSE, MESSAGE, PING
 from flask import g, jsonify, redirect, render_template, send_file, url_for
 from flask_bootstrap import Bootstrap5
 from flask_login import LoginManager, UserMixin, login_required, login_user, logout_user
+from itsdangerous import TimestampSigner
 from limits import RateLimitItemPerMinute, storage, strategies
 from socketio import Manager, packet
 from werkzeug.exceptions import BadRequest, HTTPException
@@ -545,6 +546,8 @@ app.config.update(
     DEMO_ACCOUNTS=[],
 )
 app.session_interface.get_cookie_secure = lambda app: request.is_secure  # HTTPS, by a proxy
+# Without a time, or a clock that is set back would sign everyone out: cookies from the future.
+TimestampSigner.get_timestamp = lambda signer: 0
 Bootstrap5(app)
 login_manager = LoginManager(app)
 
