@@ -52,6 +52,7 @@ import signal
 import socket
 import time
 import unicodedata
+from base64 import b64encode
 from collections import OrderedDict, defaultdict, deque
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
@@ -785,6 +786,12 @@ def frame(data):
 
 class EnginePacket(engineio.packet.Packet):
     """An Engine.IO packet. Without this, a malformed one leaves a traceback."""
+
+    def encode(self, b64=False):
+        """Encode bytes anew for each client: one WebSocket's would break the polls of a room."""
+        if not self.binary:
+            return super().encode()
+        return "b" + b64encode(self.data).decode() if b64 else self.data
 
     def decode(self, encoded_packet):
         """Decode a packet from a client. Anything malformed counts as a request to close."""
