@@ -74,7 +74,7 @@ from flask_login import LoginManager, UserMixin, login_required, login_user, log
 from itsdangerous import TimestampSigner
 from limits import RateLimitItemPerMinute, storage, strategies
 from socketio import Manager, packet
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import WSGIRequestHandler, get_interface_ip, make_server
@@ -731,17 +731,17 @@ def say_why(error):
         headers["Retry-After"] = math.ceil(answer["retry_after"])
     if request.path == "/messages":
         return answer, error.code, headers
-    if request.path in ("/login", "/register") and not request.routing_exception:
+    if isinstance(error, Refused) and request.path in ("/login", "/register"):
         return render_template("login.html", error=error.description), error.code, headers
     return error
 
 
 @app.before_request
 def check_request():
-    """Refuse a form sent by a page of another site, and a body of unknown length."""
+    """Refuse a body that is too long, and a form sent by a page of another site."""
     g.nonce = secrets.token_urlsafe()
-    require(request.method != "POST" or from_here(), "This came from another site.", 403)
     require_length()
+    require(request.method != "POST" or from_here(), "This came from another site.", 403)
 
 
 @app.after_request
@@ -1061,9 +1061,9 @@ def from_here():
 
 
 def require_length():
-    """Refuse a body that does not say how long it is."""
-    chunked = "Transfer-Encoding" in request.headers
-    require(not chunked, "Send the length of the body: chunks are not accepted.", 413)
+    """Refuse a body that is too long, or does not say how long it is."""
+    if "Transfer-Encoding" in request.headers or (request.content_length or 0) > MAX_BYTES:
+        raise RequestEntityTooLarge("Send at most 64 KB, and their number: no chunks.")
 
 
 def check_connection(environ):
