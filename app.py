@@ -15,11 +15,11 @@ A client sends events. Each event carries one JSON object and is answered by an 
 
 Words you will meet:
 
-    connection   the line between one client and the server; Socket.IO knows it by its sid
+    connection   the link between one client and the server; Socket.IO knows it by its sid
     room         a group of connections: what is sent to a room reaches all of them
     ack          the answer to one event, sent only to the connection that the event came from
-    key          a text that a client chooses for a message, so that it can safely send it twice
-    last_id      the id of the last message that a client has heard in a room, 1795809540921 say
+    key          a text that a client chooses for a message, so that sending it again does no harm
+    last_id      the id of the last message that a client has heard, 1795809540921 for example
 
 Sections 2 to 6 are the lesson; start with the events in section 3. Sections 7 to 9 keep the chat
 going when a client is slow, a cable is unplugged, or somebody attacks.
@@ -29,7 +29,7 @@ import sys
 from importlib.util import find_spec
 
 if sys.version_info < (3, 11) or not find_spec("nicegui"):
-    sys.exit("It needs Python 3.11 or newer, and: python -m pip install -r requirements.txt")
+    sys.exit("This needs Python 3.11 or newer, and: python -m pip install -r requirements.txt")
 
 import threading
 
@@ -66,7 +66,6 @@ import engineio
 import psutil
 import segno
 import simple_websocket
-from engineio.exceptions import ContentTooLongError, UnknownPacketError
 from engineio.packet import CLOSE, MESSAGE, PING
 from flask import g, jsonify, redirect, render_template, send_file, url_for
 from flask_bootstrap import Bootstrap5
@@ -85,14 +84,13 @@ from wsproto.utilities import ProtocolError
 
 app = Flask(__name__)
 socketio = SocketIO()  # gets its application in section 8, when all handlers are registered
-# Each request and each WebSocket has a thread of its own.
-lock = threading.RLock()  # held while anything changes, until everyone who hears it has been told
+# Requests and WebSockets are served in parallel threads, so what they share needs a lock.
+lock = threading.RLock()  # held while `state` changes, until everyone who hears it has been told
 said = threading.Condition(lock)  # notified when long polls have something to answer
-log = SimpleQueue()  # lines to print: a terminal that is stopped must not stop the chat
+log = SimpleQueue()  # lines to print: a stopped terminal must not block the chat
 
 # 3. Events ----------------------------------------------------------------------------------------
-#
-# The way of one message from socket to socket, with the section of each step:
+# The way of one message from WebSocket to WebSocket, with the section of each step:
 #     WebSocket.wait      reads a frame, in the thread that serves the connection (7)
 #     Connection.receive  handles one packet after another (7)
 #     handle_message      takes the lock if the handler is marked @one_at_a_time (8)
@@ -105,7 +103,7 @@ log = SimpleQueue()  # lines to print: a terminal that is stopped must not stop 
 
 
 def one_at_a_time(handler):
-    """Mark a handler that uses `state`: it runs alone. Others run in parallel and may be slow."""
+    """Mark a handler that uses `state`. All others run in parallel, and may be slow."""
     handler.one_at_a_time = True
     return handler
 
@@ -113,12 +111,12 @@ def one_at_a_time(handler):
 @socketio.on("connect")
 @one_at_a_time
 def connect(auth=None):
-    """A page connects. Nobody hears it. Refused unless its user is signed in."""
+    """A client connects. Nobody hears it. Refused unless it shows the user who is signed in."""
     require(current_user.is_authenticated, "Sign in first.")
     name = current_user.name
     shown = auth.get("username", name) if isinstance(auth, dict) else name
     require(shown == name, f"You are now signed in as {name}. Reload the page.")
-    request.environ.pop("HTTP_COOKIE", None)  # the user is known now; events need no cookie
+    request.environ.pop("HTTP_COOKIE", None)  # else it is decoded again for each event
     state.add(request.sid, name)
     join_room(f"user:{name}")  # a private channel for all connections of this user
     log.put(f"connected: {name}")
@@ -127,7 +125,7 @@ def connect(auth=None):
 @socketio.on("disconnect")
 @one_at_a_time
 def disconnect(reason):
-    """A connection has ended, for whatever reason. Its rooms hear `leave`."""
+    """A connection has ended. Each room hears `leave` if it was the user's last one there."""
     for room in state.rooms_of(request.sid):
         remove_from_room(request.sid, room, reason)
     name, _ = state.remove(request.sid)
@@ -137,7 +135,7 @@ def disconnect(reason):
 @socketio.on("join")
 @one_at_a_time
 def join(data):
-    """A connection enters a room. It hears what it missed; then the room hears `join`."""
+    """A connection enters a room and hears what it missed. The room hears of a new user."""
     name = current_user.name
     room = text_field(data, "room")
     last_id = id_field(data, "last_id")
@@ -158,7 +156,7 @@ def join(data):
 @socketio.on("leave")
 @one_at_a_time
 def leave(data):
-    """A connection leaves a room. The remaining members hear it."""
+    """A connection leaves a room. The others hear it if it was the user's last one there."""
     room = my_room(data)
     if state.connections(current_user.name, room) == [request.sid]:
         state.spend_notice(current_user.name)
@@ -169,7 +167,7 @@ def leave(data):
 @socketio.on("chat")
 @one_at_a_time
 def chat(data):
-    """A user says something. The room hears it, including the user; without a room, everyone."""
+    """A user says something. The room hears it, including the sender; without a room, everyone."""
     return {"ok": True, "id": announce(data, request.sid)}
 
 
@@ -189,19 +187,19 @@ def typing(data):
 @one_at_a_time
 def invite(data):
     """The owner of a room invites a user, who hears it on all connections."""
-    host, room, guest = my_guest(data)
-    state.invite(host, room, guest)
-    socketio.emit("invite", {"room": room, "by": host}, to=f"user:{guest}")
+    owner, room, guest = my_guest(data)
+    state.invite(owner, room, guest)
+    socketio.emit("invite", {"room": room, "by": owner}, to=f"user:{guest}")
     return {"ok": True, "username": guest}
 
 
 @socketio.on("expel")
 @one_at_a_time
 def expel(data):
-    """The owner of a room expels a user, who hears it everywhere. The room hears `leave`."""
-    host, room, guest = my_guest(data)
-    state.expel(host, room, guest)
-    socketio.emit("expel", {"room": room, "by": host}, to=f"user:{guest}")
+    """The owner of a room expels a user, who hears it as well. The room hears `leave`."""
+    owner, room, guest = my_guest(data)
+    state.expel(owner, room, guest)
+    socketio.emit("expel", {"room": room, "by": owner}, to=f"user:{guest}")
     for sid in state.connections(guest, room):
         remove_from_room(sid, room, "expelled")
     return {"ok": True}
@@ -209,7 +207,7 @@ def expel(data):
 
 @socketio.on("*")
 def unknown(event, data):
-    """A client sends any other event. Nobody hears it."""
+    """A client sends an event that has no handler. Nobody hears it."""
     raise Refused("Send join, leave, chat, typing, invite or expel, with one JSON object.", 400)
 
 
@@ -224,7 +222,7 @@ def refuse(error):
 
 
 def channel(room):
-    """Return Socket.IO's name for a room. The prefix keeps it apart from sids."""
+    """Return Socket.IO's name for a room. Each sid is such a name, too: hence the prefix."""
     return f"room:{room}" if room else None
 
 
@@ -236,16 +234,16 @@ def my_room(data):
 
 
 def my_guest(data):
-    """Return (owner, room, guest) of an invitation. Refused unless the sender owns the room."""
-    host, room = current_user.name, text_field(data, "room")
-    guest = state.guest(host, room, text_field(data, "username"))
-    state.spend_notice(host)
-    return host, room, guest
+    """Return owner, room and guest of an event. Refused unless the sender is the owner."""
+    owner, room = current_user.name, text_field(data, "room")
+    guest = state.guest(owner, room, text_field(data, "username"))
+    state.spend_notice(owner)
+    return owner, room, guest
 
 
 def announce(data, sid=None):
-    """Send a message to its room, or to everyone, and return its id."""
-    with lock:  # everyone hears all messages in the order of their ids
+    """Send a message to its room, or to everyone, and return its id. A known key sends nothing."""
+    with lock:  # so that everyone hears all messages in the order of their ids
         message_id, message = state.say(current_user, data, sid)
         if message:
             socketio.emit("chat", message, to=channel(message["room"]))
@@ -269,7 +267,7 @@ HOST = os.environ.get("HOST", "").strip() or "127.0.0.1"  # 0.0.0.0: every devic
 PORT = os.environ.get("PORT", "").strip() or "5000"
 DOMAIN = [name.strip().lower() for name in os.environ.get("DOMAIN", "").split(",") if name.strip()]
 HISTORY = 500  # messages kept for each room, and keys for each user
-RATE = 20  # messages a user may say in a second; notices that others hear of the user, too
+RATE = 20  # messages a user may say in a second, and notices: join, leave, typing, ...
 BURST = 60  # messages, and notices, that a user may send at once
 DEMO_ACCOUNTS = ["ana", "luis", "eva"]  # their password is well known: for this machine only
 
@@ -283,12 +281,13 @@ def is_local(address):
 
 LOCAL = is_local(HOST) and not DOMAIN
 # Another site can have its own name lead to this machine, and then counts as this site.
+# DNS rebinding: another site can point its own name at this machine.
 TRUSTED_HOSTS = DOMAIN or (["localhost", "127.0.0.1", "[::1]", HOST.lower()] if LOCAL else [])
 TEACHER = "ana" if LOCAL else "lecturer"  # owns the room `staff`
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON allows it, UTF-8 does not
-NO_SHAPE = {"Cc", "Cf", "Mn", "Zl", "Zp", "Zs"}  # Unicode's kinds of invisible characters, and
-FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that are blank
+INVISIBLE = {"Cc", "Cf", "Mn", "Zl", "Zp", "Zs"}  # kinds of characters that alone show nothing
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
 LOOK_ALIKES = str.maketrans("I10", "llo")
 
 
@@ -311,12 +310,12 @@ def text_field(data, name):
     """Return data[name]. Refused unless it is valid text."""
     value = data.get(name)
     require(isinstance(value, str), f'Send a JSON object with a string in "{name}".')
-    require(not LONE_SURROGATE.search(value), f'"{name}" contains half of a character.')
+    require(not LONE_SURROGATE.search(value), f'"{name}" contains an incomplete character.')
     return value
 
 
 def id_field(data, name):
-    """Return data[name], or 0 without one. Refused unless it can be the id of a message."""
+    """Return data[name], or 0 if it is missing. Refused unless it can be the id of a message."""
     value = data.get(name) or 0
     valid = type(value) is int and value >= 0  # not isinstance: True is an int, too
     require(valid, f'"{name}" must be the id of the last message you heard.')
@@ -325,16 +324,24 @@ def id_field(data, name):
 
 def message_field(data):
     """Return data["message"] without blank lines around it. Refused if it shows nothing."""
-    message = re.sub(r"\A\s*\n", "", text_field(data, "message")).rstrip()
-    shown = [c for c in message if unicodedata.category(c) not in NO_SHAPE and c not in FILLERS]
-    require(shown and len(message) <= 500, "A message has 1 to 500 characters.")
+    message = text_field(data, "message").rstrip()
+    message = re.sub(r"\A\s*\n", "", message)  # but keep the indentation of the first line
+    shown = [c for c in message if unicodedata.category(c) not in INVISIBLE and c not in BLANKS]
+    require(
+        shown and len(message) <= 500,
+        "A message has 1 to 500 characters, and at least one that shows.",
+    )
     return message
 
 
+def looks(name):
+    """Return what a name can be read as: Iuis, with a capital i, as luis."""
+    return {name.lower(), name.translate(LOOK_ALIKES).lower()}
+
+
 def is_taken(name, names):
-    """Return whether a name equals one of the names in any case, or looks like it (Iuis, luis)."""
-    looks = {name.lower(), name.translate(LOOK_ALIKES).lower()}
-    return any(looks & {other.lower(), other.translate(LOOK_ALIKES).lower()} for other in names)
+    """Return whether one of the names can be read as this one."""
+    return any(looks(name) & looks(other) for other in names)
 
 
 class Allowance:
@@ -345,18 +352,18 @@ class Allowance:
         self.counted_at = 0  # seconds
 
     def spend(self, now):
-        """Use up one. Refused if none is left at this time (seconds)."""
+        """Use up one at the time `now` (seconds). Refused if none is left."""
         earned = (now - self.counted_at) * RATE
         self.left = min(BURST, self.left + earned)
         self.counted_at = now
         if self.left < 1:
-            wait = math.ceil(1000 * (1 - self.left) / RATE) / 1000
+            wait = math.ceil(1000 * (1 - self.left) / RATE) / 1000  # seconds, to the millisecond
             raise Refused(f"Slow down: the limit is {RATE} a second.", 429, retry_after=wait)
         self.left -= 1
 
 
 class User(UserMixin):
-    """An account. Cookies hold its token, which is renewed when the user logs out."""
+    """An account. Cookies hold its token, which is renewed when the user signs out."""
 
     def __init__(self, id, name, password_hash):
         self.id = id
@@ -368,12 +375,12 @@ class User(UserMixin):
         self.notices = Allowance()  # what others hear of the user besides: join, typing, ...
 
     def get_id(self):
-        """Return what Flask-Login keeps in the cookie: not the id, which a log-out cannot end."""
+        """Return what Flask-Login keeps in the cookie: unlike the id, the token can be renewed."""
         return self.token
 
 
 class State:
-    """Everything the server remembers. Hold the lock while you call a method that changes it."""
+    """Accounts, rooms, connections and messages. Hold the lock while you call what changes them."""
 
     def __init__(self):
         self.users = {}  # name in lower case -> User
@@ -381,7 +388,7 @@ class State:
         self.owners = {"python": None, "flask": None, "staff": TEACHER}  # room -> owner's name
         self.guests = defaultdict(set)  # room -> names of invited users
         self.present = defaultdict(dict)  # room -> {sid: name}; present[None] has all connections
-        # One message more than is given out, to tell whether there were older ones.
+        # One message more than `since` returns, to know whether there were older ones.
         self.history = defaultdict(lambda: deque(maxlen=HISTORY + 1))
         self.started = int(time.time() * 1000)  # ids start at the clock: they rise over a restart
         self.last_id = self.started
@@ -397,7 +404,7 @@ class State:
         return user
 
     def user(self, name):
-        """Return the User with that name, in any case, or None."""
+        """Return the User with that name, in upper or lower case, or None."""
         return self.users.get(name.strip(" ").lower())
 
     def holder(self, token):
@@ -429,24 +436,24 @@ class State:
         reason = f"{room} belongs to {self.owners[room]}, who has not invited you."
         require(self.may_enter(name, room), reason)
 
-    def guest(self, host, room, name):
-        """Return the guest's name as registered. Refused unless the host owns the room."""
-        require(self.owners.get(room) == host, "Only the owner of a room can invite or expel.")
+    def guest(self, owner, room, name):
+        """Return the guest's name as registered. Refused unless the owner owns the room."""
+        require(self.owners.get(room) == owner, "Only the owner of a room can invite or expel.")
         user = self.user(name)
         require(user, "No user has that name.")
-        require(user.name != host, "You own this room: you cannot invite or expel yourself.")
+        require(user.name != owner, "You own this room: you cannot invite or expel yourself.")
         return user.name
 
-    def invite(self, host, room, name):
-        """Let a user enter the host's room from now on."""
-        self.guests[room].add(self.guest(host, room, name))
+    def invite(self, owner, room, name):
+        """Let a user enter the owner's room from now on."""
+        self.guests[room].add(self.guest(owner, room, name))
 
-    def expel(self, host, room, name):
+    def expel(self, owner, room, name):
         """Withdraw an invitation."""
-        self.guests[room].discard(self.guest(host, room, name))
+        self.guests[room].discard(self.guest(owner, room, name))
 
     def add(self, sid, name, room=None):
-        """Add a connection to a room (None: to all connected). Return whether its user is new."""
+        """Add a connection to a room (None: to those connected). Return whether its user is new."""
         new = not self.connections(name, room)
         self.present[room][sid] = name
         return new
@@ -475,8 +482,7 @@ class State:
     def say(self, user, data, sid=None):
         """Check and store data["message"], for data["room"] or, without one, for everyone.
 
-        Return its id and the message to send; None instead of the message if it was sent before
-        with the same key.
+        Return its id and the message to send. If the key is known, return the first id and None.
         """
         key = data.get("key")
         if key is not None:
@@ -518,7 +524,7 @@ class State:
         return self.last_id
 
     def since(self, room, last_id):
-        """Return a room's messages after an id, oldest first, and whether some are lost."""
+        """Return a room's messages after an id, oldest first, and whether others are gone."""
         newer = [message for message in self.history[room] if message["id"] > last_id]
         before_restart = 0 < last_id < self.started
         from_the_future = last_id > self.last_id  # the clock was set back before a restart
@@ -530,10 +536,10 @@ state = State()
 
 # 5. Users -----------------------------------------------------------------------------------------
 
-MAX_BYTES = 64 * 1024  # in the head or the body of a request, or in a message over a WebSocket
+MAX_BYTES = 64 * 1024  # in the body of a request, or in a message over a WebSocket
 OWN_PATH = re.compile(r"/(?![/\\])[^\x00-\x1f\x7f]*")  # //host and /\host lead to other sites
 NAME = re.compile("[A-Za-z0-9_-]{1,20}")
-NO_HASH = generate_password_hash(secrets.token_hex())  # checking an unknown name takes as long
+DUMMY_HASH = generate_password_hash(secrets.token_hex())  # an unknown name takes as long to check
 TEN_A_MINUTE = RateLimitItemPerMinute(10)
 failed_logins = strategies.FixedWindowRateLimiter(storage.MemoryStorage())
 hashing = threading.Lock()  # hashing takes 32 MB of memory: one password at a time
@@ -546,7 +552,7 @@ app.config.update(
     BOOTSTRAP_SERVE_LOCAL=True,
     DEMO_ACCOUNTS=[],
 )
-app.session_interface.get_cookie_secure = lambda app: request.is_secure  # HTTPS, by a proxy
+app.session_interface.get_cookie_secure = lambda app: request.is_secure  # behind HTTPS
 # Without a time, or a clock that is set back would sign everyone out: cookies from the future.
 TimestampSigner.get_timestamp = lambda signer: 0
 Bootstrap5(app)
@@ -564,14 +570,14 @@ def sign_in_first():
     """Redirect to the login form, and from there back to the page that was asked for."""
     if request.path == "/messages":
         raise Refused("Sign in first.", 401)
-    came_for = None
+    wanted = None
     if request.method == "GET":
-        came_for = request.full_path.rstrip("?")
-    return redirect(url_for("login", next=came_for))
+        wanted = request.full_path.rstrip("?")
+    return redirect(url_for("login", next=wanted))
 
 
 def sign_in(user):
-    """Log the user in and redirect to `next` if it is a path on this site."""
+    """Sign the user in and redirect to `next` if it is a path on this site."""
     login_user(user)
     path = request.values.get("next", "")
     if not OWN_PATH.fullmatch(path):
@@ -581,21 +587,22 @@ def sign_in(user):
 
 @lru_cache(maxsize=1000)
 def turn_of(address):
-    """Return a lock: of those who sign in from one address, only one waits for `hashing`."""
+    """Return the lock of an address: only one request from it at a time waits for `hashing`."""
     return threading.Lock()
 
 
 def check_password(name, password):
     """Return the user if the password is right, else None. Call it while you hold `hashing`.
 
-    After ten wrong passwords from an address, the name is refused for the rest of the minute.
+    Ten wrong passwords from one address close the name to it for the rest of the minute.
     """
     attempts = name.lower()[:20], request.remote_addr
     if not failed_logins.test(TEN_A_MINUTE, *attempts):
         raise Refused("Too many wrong passwords for this name: wait a minute.", 429, retry_after=60)
     user = state.user(name)
+    # `flask run --host 0.0.0.0` does not set HOST.
     allowed = name.lower() not in DEMO_ACCOUNTS or is_local(request.remote_addr)
-    if check_password_hash(user.password_hash if user else NO_HASH, password) and allowed:
+    if check_password_hash(user.password_hash if user else DUMMY_HASH, password) and allowed:
         return user
     failed_logins.hit(TEN_A_MINUTE, *attempts)
     return None
@@ -609,10 +616,10 @@ def login():
 
 @app.post("/login")
 def submit_login():
-    """Log the user in."""
+    """Sign the user in."""
     name = request.form.get("username", "").strip(" ")
     password = request.form.get("password", "")
-    with turn_of(request.remote_addr), hashing:  # nobody else can try between test and count
+    with turn_of(request.remote_addr), hashing:  # no other try between the check and the count
         user = check_password(name, password)
     require(user, "Wrong name or password.", 401)
     return sign_in(user)
@@ -620,7 +627,7 @@ def submit_login():
 
 @app.post("/register")
 def register():
-    """Create an account and log the new user in. A second click is a login."""
+    """Create an account and sign the new user in. A second click signs in, too."""
     name = request.form.get("username", "").strip(" ")
     password = request.form.get("password", "")
     require(NAME.fullmatch(name), "A name has 1 to 20 letters (a to z), digits, _ or -.")
@@ -644,7 +651,7 @@ def logout():
     with lock:
         sids = state.connections(current_user.name)
         old_token = state.renew(current_user)
-        hang_up(sids, old_token)  # see section 8
+        disconnect_user(sids, old_token)  # see section 8
     logout_user()
     return redirect(url_for("login"))
 
@@ -660,7 +667,7 @@ def source(handler):
     return {"lines": lines, "first": first}
 
 
-# What the room page shows, read before anyone edits this file.
+# What the room page shows. It is read now, because this file may be edited while it runs.
 HANDLERS = {event: source(handler) for event, handler, _ in socketio.handlers if event != "*"}
 
 
@@ -689,7 +696,7 @@ def socket_io_client():
 @app.get("/messages")
 @login_required
 def messages():
-    """Answer a poll of the open channel: at once, or when there is news within `wait` seconds."""
+    """Answer with the messages to everyone: at once, or after `wait` seconds unless one arrives."""
     try:
         after = int(request.args.get("after", 0))
         wait = float(request.args.get("wait", 0))
@@ -724,7 +731,7 @@ def post_message():
 
 @app.errorhandler(HTTPException)
 def say_why(error):
-    """Show an error in the login form, as JSON to pollers, or as a plain page."""
+    """Show an error in the login form, as JSON on /messages, or as a plain page."""
     answer = getattr(error, "answer", {"ok": False, "error": error.description})
     headers = {}
     if "retry_after" in answer:
@@ -741,7 +748,7 @@ def check_request():
     """Refuse a body that is too long, and a form sent by a page of another site."""
     g.nonce = secrets.token_urlsafe()
     require_length()
-    require(request.method != "POST" or from_here(), "This came from another site.", 403)
+    require(request.method != "POST" or from_here(), "This request came from another site.", 403)
 
 
 @app.after_request
@@ -768,7 +775,7 @@ MAX_WAITING = 6 * HISTORY  # packets that may wait for a client
 PING_EVERY = 6  # seconds
 PATIENCE = 10  # seconds without a sign of life
 
-writing = threading.Lock()  # held for moments, never while waiting for a client or a handler
+writing = threading.Lock()  # guards a Connection; never held while waiting for client or handler
 stuck = SimpleQueue()  # connections to close
 
 
@@ -776,7 +783,7 @@ class Frame(bytes):
     """A WebSocket frame, or the rest of one."""
 
 
-@lru_cache(maxsize=1, typed=True)
+@lru_cache(maxsize=1, typed=True)  # typed: a Frame is equal to the same bytes
 def frame(data):
     """Return the frame for a packet. Without the cache, it is made again for each member."""
     if isinstance(data, Frame):
@@ -797,9 +804,9 @@ class EnginePacket(engineio.packet.Packet):
         """Decode a packet from a client. Anything malformed counts as a request to close."""
         try:
             super().decode(encoded_packet)
-            if self.packet_type == MESSAGE and not self.data:
-                raise ValueError("empty message")
         except (ValueError, RecursionError):
+            self.packet_type = CLOSE
+        if self.packet_type == MESSAGE and not self.data:
             self.packet_type = CLOSE
 
 
@@ -811,18 +818,18 @@ class WebSocket(simple_websocket.Server):
         super().__init__(environ, max_message_size=MAX_BYTES)
         self.connection = connection
         self.tcp = self.sock
-        self.tcp.settimeout(3 * PATIENCE)  # without one, reading fails when `at_once` never waits
-        # Keep what a slow client has not taken in our queue, where it is counted.
+        # A small buffer: what a slow client has not read waits in our queue, where it is counted.
         self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_BYTES)
-        self.at_once = socket.socket(fileno=self.tcp.fileno())  # the same connection, never waits
-        self.at_once.setblocking(False)
-        self.sock = SimpleNamespace(send=self.answer)
+        self.no_wait = socket.socket(fileno=self.tcp.fileno())  # the same connection
+        self.no_wait.setblocking(False)
+        self.tcp.settimeout(3 * PATIENCE)  # seconds; without one, `tcp` would not wait either
+        self.sock = SimpleNamespace(send=self.answer)  # for pongs and close frames of the library
 
     def _thread(self):
         """Do nothing: the library would read in a second thread."""
 
     def wait(self):
-        """Return the next message, or None after the last. The library drops those at the end."""
+        """Return the next message, or None when the connection has ended and all are read."""
         with suppress(OSError, ProtocolError):
             while self.connected and not self.input_buffer:
                 received = self.tcp.recv(self.receive_bytes)
@@ -831,12 +838,12 @@ class WebSocket(simple_websocket.Server):
         return self.input_buffer.pop(0) if self.input_buffer else None
 
     def answer(self, frames):
-        """Send the answer to a WebSocket ping; the library would write it into another frame."""
+        """Send a pong, or drop it; the library would write it into the middle of another frame."""
         if self.connection.upgraded and self.connection.idle:
             self.connection.send(EnginePacket(MESSAGE, Frame(frames)))
 
     def send(self, data):
-        """Write a packet, or the rest of a frame, however long it takes."""
+        """Write a packet, or the rest of a frame, in 30 s at most."""
         self.tcp.sendall(frame(data))
 
     def close(self):
@@ -852,11 +859,11 @@ class Connection(engineio.socket.Socket):
     idle = False  # the queue is empty and everything has been written
     busy = False  # one of its packets is being handled
     alive_at = math.inf  # the last sign of life: the client sent something, or took what waited
-    post = None  # the thread that handles the last POST
-    posts = 0  # how many are not handled yet
+    post_thread = None  # handles the latest POST
+    open_posts = 0  # POSTs that are not handled yet
 
     def receive(self, packet):
-        """Handle a packet when the client has taken most answers; else they fill the memory."""
+        """Handle a packet once the client has taken most answers; else they fill the memory."""
         while self.queue.qsize() > MAX_WAITING - 2 * HISTORY and not self.closed:
             time.sleep(0.05)
         self.busy = True
@@ -867,12 +874,12 @@ class Connection(engineio.socket.Socket):
             self.busy = False
 
     def send(self, packet):
-        """Write a packet at once if possible, else queue it; the library wakes a thread."""
+        """Write a packet at once if possible; the library queues it and wakes its writer."""
         with writing:
             if self.upgraded and self.idle:
                 data = frame(packet.encode())
                 try:
-                    sent = self.websocket.at_once.send(data)
+                    sent = self.websocket.no_wait.send(data)
                 except OSError:  # the client takes nothing now, or is gone
                     sent = 0
                 if sent == len(data):
@@ -882,7 +889,10 @@ class Connection(engineio.socket.Socket):
             self.queue.put(packet)
 
     def poll(self):
-        """Return the next packets, at most 16: Python clients refuse more."""
+        """Return the next packets, at most 16: Python clients refuse more.
+
+        The library's writer calls this, too.
+        """
         self.alive_at = time.monotonic()
         with writing:
             self.idle = self.queue.empty()
@@ -896,7 +906,7 @@ class Connection(engineio.socket.Socket):
     def handle_get_request(self, environ, start_response):
         """Answer a poll, or serve a WebSocket until it ends.
 
-        The library answers polls during an upgrade with nothing, 700 times a second.
+        During an upgrade, the library answers each poll at once with nothing.
         """
         if environ.get("HTTP_UPGRADE", "").lower() != "websocket":
             return self.poll()
@@ -910,57 +920,59 @@ class Connection(engineio.socket.Socket):
         try:
             self._websocket_handler(self.websocket)
         finally:
-            with writing:
-                self.websocket.at_once.detach()
-        raise OSError(errno.EPIPE, "nothing is left to answer")  # neither web server logs it
+            with writing:  # a closed descriptor's number may soon be another connection's
+                self.websocket.no_wait.detach()
+        raise BrokenPipeError(errno.EPIPE, "all is answered")  # neither web server logs this
 
     def handle_post_request(self, environ):
-        """Have a POST handled, and answer it after 3 s at most: Python clients give up after 5 s.
+        """Handle a POST in a thread and answer after 3 s at most: Python clients wait for 5 s.
 
         The library drops a POST with more than 16 packets.
         """
-        if self.posts > 16:
-            raise ContentTooLongError  # the library closes the connection
+        if self.open_posts > 16:
+            raise engineio.exceptions.ContentTooLongError  # the library closes the connection
         with writing:
-            self.posts += 1
-            job = environ["body"].split("\x1e"), self.post
-            post = self.post = threading.Thread(target=self.receive_all, args=job)
-            post.start()
-        post.join(timeout=3)
+            self.open_posts += 1
+            args = environ["body"].split("\x1e"), self.post_thread
+            thread = self.post_thread = threading.Thread(target=self.receive_all, args=args)
+            thread.start()
+        thread.join(timeout=3)
 
-    def receive_all(self, encoded, earlier):
-        """Handle packets one after another, after those of the POST before."""
-        if earlier:
-            earlier.join()
-        for encoded_packet in encoded:
-            with suppress(UnknownPacketError):
-                self.receive(EnginePacket(encoded_packet=encoded_packet))
+    def receive_all(self, packets, previous):
+        """Handle packets one after another, after those of the previous POST."""
+        if previous:
+            previous.join()
+        for data in packets:
+            with suppress(engineio.exceptions.UnknownPacketError):
+                self.receive(EnginePacket(encoded_packet=data))
         with writing:
-            self.posts -= 1
+            self.open_posts -= 1
 
     def schedule_ping(self):
-        """Do nothing: the library would start a thread for the next ping."""
+        """Note a sign of life; the library would start a thread for the next ping."""
+        self.alive_at = time.monotonic()
 
     def is_stuck(self):
-        """Return whether the client gives no sign of life, or takes too little of what waits."""
+        """Return whether the client is silent, or has too many packets waiting."""
         is_silent = time.monotonic() - self.alive_at > PATIENCE and not self.busy
         return is_silent or self.queue.qsize() > MAX_WAITING
 
     def close(self, wait=True, **how):
-        """Close without waiting for the client, and close TCP as well."""
-        with lock:
+        """Close without waiting for the client, and close TCP as well; the library does neither."""
+        with lock:  # it runs `disconnect`
             super().close(wait=False, **how)
         self.server.sockets.pop(self.sid, None)
         if self.websocket:
             self.websocket.close()
 
 
+# The library looks these names up for each connection. Python clients in this process do, too.
 engineio.packet.Packet = EnginePacket
 engineio.socket.Socket = Connection
 
 
 def ping_all():
-    """Ping all connections, in one round; the library's takes longer the more there are."""
+    """Ping all connections from one thread; the library starts a thread for each ping."""
     while True:
         for connection in list(engine.sockets.values()):
             if connection.is_stuck():
@@ -971,7 +983,7 @@ def ping_all():
 
 
 def close_stuck():
-    """Close connections; it may have to wait for the lock, and pings must not wait for it."""
+    """Close stuck connections in a thread of its own: closing waits for `lock`, pings must not."""
     while True:
         stuck.get().close(reason=engine.reason.PING_TIMEOUT)
 
@@ -983,7 +995,7 @@ class Packet(packet.Packet):
     """A Socket.IO packet. An event has a name that clients may use, and one JSON object."""
 
     def decode(self, encoded_packet):
-        """Decode a packet from a client. An invalid event gets a name that is refused."""
+        """Decode a packet from a client. An invalid event becomes an unknown one."""
         with suppress(TypeError, ValueError, LookupError, RecursionError):
             super().decode(encoded_packet)
         if self.packet_type in (packet.CONNECT, packet.DISCONNECT, packet.ACK):
@@ -998,7 +1010,7 @@ class Announcer(Manager):
     """Hands packets to the connections in a room."""
 
     def emit(self, *args, **kwargs):
-        """Emit one event after another: the packets of a binary one must stay together."""
+        """Emit one event at a time: a binary one is several packets, which must stay together."""
         with lock:
             super().emit(*args, **kwargs)
 
@@ -1024,35 +1036,34 @@ def open_connection(eio_sid, environ):
     with lock:
         if not state.holder(environ["REMOTE_USER"]):
             return False
-        return socketio.server._handle_eio_connect(eio_sid, environ)
+        socketio.server._handle_eio_connect(eio_sid, environ)
 
 
 @engine.on("message")
 def handle_message(eio_sid, data):
     """Handle a Socket.IO packet under the lock, unless its handler may run in parallel."""
-    received = Packet(encoded_packet=data)
-    parallel = False
+    received, alone = Packet(encoded_packet=data), True
     if received.packet_type == packet.EVENT:
         handler = socketio.server.handlers["/"].get(received.data[0])
-        parallel = not hasattr(handler, "one_at_a_time")
-    with nullcontext() if parallel else lock:
+        alone = hasattr(inspect.unwrap(handler), "one_at_a_time")
+    with lock if alone else nullcontext():
         if eio_sid in socketio.server.environ:  # it may have ended while we waited for the lock
             socketio.server._handle_eio_message(eio_sid, data)
 
 
-def hang_up(sids, token):
-    """End these connections of a user, all others opened with the token, and waiting polls."""
+def disconnect_user(sids, token):
+    """End a user's connections, even those that are not yet in `connect`, and waiting polls."""
     with lock:
         for sid in sids:
             socketio.server.disconnect(sid)
         for eio_sid, environ in list(socketio.server.environ.items()):
-            if environ.get("REMOTE_USER") == token:  # some never got as far as `connect`
+            if environ.get("REMOTE_USER") == token:
                 engine.disconnect(eio_sid)
         said.notify_all()
 
 
 def from_here():
-    """Return whether the request was not sent by a page of another site."""
+    """Return whether a page of this site sent the request, or no browser did."""
     site = request.headers.get("Sec-Fetch-Site")
     if site:
         return site in ("same-origin", "none")
@@ -1063,12 +1074,12 @@ def from_here():
 def require_length():
     """Refuse a body that is too long, or does not say how long it is."""
     if "Transfer-Encoding" in request.headers or (request.content_length or 0) > MAX_BYTES:
-        raise RequestEntityTooLarge("Send at most 64 KB, and their number: no chunks.")
+        raise RequestEntityTooLarge("Send at most 64 KB, with a Content-Length, not in chunks.")
 
 
 def check_connection(environ):
-    """Refuse a request unless a signed-in user sent it to a connection of their own."""
-    require(from_here(), "This came from another site.", 403)
+    """Refuse a request that is not from a signed-in user, or names another user's connection."""
+    require(from_here(), "This request came from another site.", 403)
     require(current_user.is_authenticated, "Sign in first.", 401)
     require_length()
     environ["REMOTE_USER"] = current_user.token
@@ -1076,53 +1087,57 @@ def check_connection(environ):
     if eio_sid is not None:
         opened_by = socketio.server.environ.get(eio_sid, {}).get("REMOTE_USER")
         own = opened_by == current_user.token
-        require(own, "This connection is not yours, or has ended.", 403)
+        require(own, "This connection is not yours or has ended.", 403)
         environ["body"] = request.get_data(as_text=True)  # refused if over MAX_CONTENT_LENGTH
 
 
-def door(environ, start_response, inside=app.wsgi_app):
-    """Let a request in, or refuse it before a byte of its body is read."""
-    if environ["wsgi.multithread"]:  # `flask run` and gunicorn do not call `main`; nor does a test
-        start()
+behind_the_door = app.wsgi_app  # Flask, and Socket.IO in front of it
+
+
+def door(environ, start_response):
+    """Let a request in, or refuse it before its body is read."""
+    if environ["wsgi.multithread"]:  # `flask run` and gunicorn do not call `main`
+        with starting:
+            start()
     environ["HTTP_HOST"] = host = environ.get("HTTP_HOST", "").lower()
     if TRUSTED_HOSTS and re.sub(r":\d*$", "", host) not in TRUSTED_HOSTS:  # Flask's has no IPv6
-        return BadRequest("No host has that name.")(environ, start_response)
+        return BadRequest("This server does not serve that host.")(environ, start_response)
     if environ["PATH_INFO"].startswith("/socket.io/"):
         try:
             with app.request_context(environ):
                 check_connection(environ)
         except HTTPException as refusal:
             return refusal(environ, start_response)
-    return inside(environ, start_response)
+    return behind_the_door(environ, start_response)
 
 
-app.wsgi_app = ProxyFix(door) if DOMAIN else door
+app.wsgi_app = ProxyFix(door) if DOMAIN else door  # nobody else may say X-Forwarded-For
 
 # 9. Run -------------------------------------------------------------------------------------------
 
 
 class Reader(io.BufferedReader):
-    """Reads a request. Python accepts a head of 6 MB, and Werkzeug discards 10 MB at a time."""
+    """Reads a request in pieces. Python takes 6 MB of headers, Werkzeug discards 10 MB at once."""
 
-    left = 2 * MAX_BYTES  # in the head
+    head_left = 2 * MAX_BYTES  # bytes
 
     def readline(self, size=-1):
         """Return a line of the head."""
         line = super().readline(size)
-        self.left -= len(line)
-        if self.left < 0:
-            raise http.client.HTTPException("The head is too long.")
+        self.head_left -= len(line)
+        if self.head_left < 0:
+            raise http.client.HTTPException("The headers are too long.")  # answered with 431
         return line
 
     def read(self, size=-1):
-        """Return a piece of a body that nobody wanted to read."""
+        """Return a piece of an unread body, before it is discarded."""
         return self.read1(MAX_BYTES)
 
 
 class Handler(WSGIRequestHandler):
     """A request to the web server."""
 
-    protocol_version = "HTTP/1.0"  # one request per connection: a WebSocket's end is not another
+    protocol_version = "HTTP/1.0"  # one request a connection: the end of a WebSocket is not another
     timeout = 30  # seconds a client may be silent in the middle of a request
     disable_nagle_algorithm = True  # send small frames at once
     rbufsize = 0  # `Reader` has the buffer
@@ -1130,7 +1145,7 @@ class Handler(WSGIRequestHandler):
     def setup(self):
         """Prepare to read the request."""
         super().setup()
-        self.rfile = Reader(self.rfile, 2048)  # bytes, kept as long as a WebSocket lives
+        self.rfile = Reader(self.rfile, 2048)  # the buffer, in bytes; each WebSocket keeps its own
 
     def make_environ(self):
         """Return the WSGI environment, or drop a request whose URL is not valid."""
@@ -1142,7 +1157,7 @@ class Handler(WSGIRequestHandler):
 
 def print_log():
     """Print one line after another. When nobody reads them, only this thread waits."""
-    with suppress(AttributeError):  # IDLE's output cannot be set up, and a closed one is None
+    with suppress(AttributeError):  # IDLE's has no `reconfigure`, a closed one is None
         sys.stdout.reconfigure(errors="replace")  # some consoles cannot show a QR code
     while True:
         line = log.get()
@@ -1150,22 +1165,25 @@ def print_log():
             print(line, flush=True)
 
 
+starting = threading.Lock()  # `cache` alone would let two first requests in
+
+
 @cache
 def start():
-    """Start what runs beside the requests, create the first accounts, and say who can sign in."""
+    """Start the background threads, create the first accounts, and say who can sign in."""
     for task in print_log, ping_all, close_stuck:
         threading.Thread(target=task, daemon=True).start()
     accounts, password = DEMO_ACCOUNTS, "demo"
     if LOCAL:
         app.config.update(DEMO_ACCOUNTS=DEMO_ACCOUNTS)
-        log.put("Sign in as ana, luis or eva, password demo: two people, two browsers.")
+        log.put("Sign in as ana, luis or eva, password demo: one browser for each user.")
     else:
         accounts = [TEACHER]
         password = os.environ.get("LECTURER_PASSWORD") or secrets.token_urlsafe(6)
         log.put("Other devices can reach this server: no demo accounts, everyone registers.")
         log.put(f"You are {TEACHER}, password {password}; the room staff is yours.")
     for name in accounts:
-        with suppress(Refused):  # a State may outlive the process
+        with suppress(Refused):  # another State may keep accounts over a restart
             state.register(name, generate_password_hash(password))
 
 
@@ -1174,41 +1192,41 @@ def addresses():
     likely = get_interface_ip(socket.AF_INET)  # where the default route leads
     found = [
         entry.address
-        for name, entries in psutil.net_if_addrs().items()
+        for entries in psutil.net_if_addrs().values()
         for entry in entries
         if entry.family == socket.AF_INET and not is_local(entry.address)
     ]
-    return sorted(found, key=lambda address: address != likely) or [likely]
+    return sorted(found, key=lambda address: address != likely) or [likely]  # False comes first
 
 
 def show_address():
-    """Say where the server is, to a class as a QR code as well."""
+    """Print where the server is, and for a class a QR code."""
     hosts = [f"[{HOST}]" if ":" in HOST else HOST]
     if HOST == "0.0.0.0":
         hosts = addresses()
     urls = [f"http://{host}:{PORT}" for host in hosts]
     log.put(f"Full duplex and rooms: open {' or '.join(urls)}")
     if not LOCAL:
-        url = f"https://{DOMAIN[0]}" if DOMAIN else urls[0]
-        code = segno.make(f"{url}/room?room=python")
-        app.config.update(ADDRESSES=hosts, JOIN_URL=f"{url}/room?room=python", QR_CODE=code)
-        picture = io.StringIO()
+        join_url = (f"https://{DOMAIN[0]}" if DOMAIN else urls[0]) + "/room?room=python"
+        code, picture = segno.make(join_url), io.StringIO()
+        app.config.update(ADDRESSES=hosts, JOIN_URL=join_url, QR_CODE=code)
         code.terminal(picture, compact=True)
         log.put(picture.getvalue().rstrip())
 
 
 def main():
-    """Open the port, say so, and serve until Ctrl+C."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, whoever is connected
+    """Open the port, print where it is, and serve until Ctrl+C."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, even with open connections
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no access lines
     family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
     try:
         listener = socket.create_server((HOST, int(PORT)), family=family, backlog=1024)
     except (OSError, ValueError, OverflowError) as error:
-        advice = "HOST must be an address of this machine, and PORT a number that is free: try 5001"
+        advice = "HOST must be an address of this machine, and PORT a free port: try 5001"
         sys.exit(f"Cannot listen on HOST={HOST} and PORT={PORT}: {error}. {advice}.")
     show_address()
-    start()
+    with starting:
+        start()
     log.put("Stop with Ctrl+C.")
     server = make_server(
         HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()
@@ -1236,7 +1254,7 @@ if __name__ == "__main__":
 #   "psutil==7.2.2",
 # ]
 # [[tool.uv.dependency-metadata]]
-# name = "nicegui"  # only for the file it carries: 40 packages fewer
+# name = "nicegui"  # one file of it is needed, and none of its 40 dependencies
 # version = "3.18.0"
 # requires-dist = []
 # ///

@@ -112,7 +112,7 @@ class Shared(app.State):
         user = self.user(name)
         old, user.token = user.token, self.token
         self.tokens[user.token] = self.tokens.pop(old)
-        Thread(target=app.hang_up, args=[self.connections(name), old]).start()
+        Thread(target=app.disconnect_user, args=[self.connections(name), old]).start()
         return old
 
     def holder(self, token):
