@@ -280,7 +280,6 @@ def is_local(address):
 
 
 LOCAL = is_local(HOST) and not DOMAIN
-# Another site can have its own name lead to this machine, and then counts as this site.
 # DNS rebinding: another site can point its own name at this machine.
 TRUSTED_HOSTS = DOMAIN or (["localhost", "127.0.0.1", "[::1]", HOST.lower()] if LOCAL else [])
 TEACHER = "ana" if LOCAL else "lecturer"  # owns the room `staff`

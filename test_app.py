@@ -1528,6 +1528,31 @@ def test_the_silent_the_hasty_and_the_rude_leave_no_thread_and_no_descriptor(fre
     until(lambda: (server.usage.num_threads(), server.usage.num_fds()) <= usage, 40)
 
 
+FORGETFUL = """
+import app
+
+app.PATIENCE = app.PING_EVERY = 3
+
+@app.socketio.on("count")
+def count(data):
+    return {"ok": True, "connections": len(app.engine.sockets)}
+
+app.main()
+"""
+
+
+def test_a_handshake_that_fails_is_forgotten(fresh):
+    server = fresh("-c", FORGETFUL, PYTHONPATH=str(HERE))
+    ana = sign_in(server.url, "ana")
+    wire = Wire(server, ana).enter()
+    half = {"Upgrade": "websocket", "Connection": "Upgrade"}  # without a key
+    for _ in range(5):
+        url = f"{server.url}/socket.io/?EIO=4&transport=websocket"
+        assert ana.get(url, headers=half).status_code == 400
+    assert wire.ask("count")["connections"] > 1
+    until(lambda: wire.ask("count")["connections"] == 1)
+
+
 # 8. The door --------------------------------------------------------------------------------------
 
 # fmt: off
