@@ -1974,10 +1974,10 @@ def launched():
             browser.close()
 
 
-def open_page(chromium, server, name, path="/", **options):
+def open_page(chromium, server, name, path="/", password="demo", **options):
     """A page of a browser of its own, signed in."""
     context = chromium.new_context(**options)
-    cookies = sign_in(server.url, name).cookies.items()
+    cookies = sign_in(server.url, name, password).cookies.items()
     context.add_cookies(
         [{"name": key, "value": value, "url": server.url} for key, value in cookies]
     )
@@ -3099,6 +3099,65 @@ def test_what_is_said_of_one_room_goes_when_another_is_shown(server, browser):
     expect(alert(page)).to_have_text("luis can now join room1.")
     page.locator("#rooms .name", has_text="python").click()
     expect(alert(page)).to_have_text("")
+
+
+def test_pasted_python_keeps_its_indentation(two):
+    ana, luis = two
+    send(luis, "\n    for n in range(3):\n        print(n)\n")
+    for page in two:
+        wait_until_said(page, "    for n in range(3):\n        print(n)")
+        code = conversation(page).get_by_text("print(n)").last
+        expect(code).to_have_css("white-space-collapse", "preserve")
+
+
+def test_a_page_that_is_told_to_wait_with_its_join_waits_and_joins(server, browser):
+    page = ready(browser(server, "luis", "/room"))
+    wire = Wire(server, sign_in(server.url, "luis")).enter()
+    turns = ["join", "leave"] * 40
+    wire.send(*(f'42["{event}",{{"room":"flask"}}]' for event in turns))
+    press(page, "Join python")
+    expect(wire_of(page)).to_contain_text("retry_after")
+    expect(page.get_by_role("button", name="Leave python")).to_be_visible()
+    send(page, "In at last")
+    wait_until_said(page, "In at last")
+
+
+def test_a_page_follows_a_server_whose_clock_was_set_back(server, browser):
+    page = ready(browser(server, "ana", ROOM))
+    expect(page.get_by_text("1 here", exact=True)).to_be_visible()
+    page.evaluate("rooms.get('python').last_id += 3_600_000")  # an hour ahead of the server
+    press(page, "Pull the cable"), press(page, "Plug it in")
+    send(ready(page), "Heard in spite of it")
+    wait_until_said(page, "Heard in spite of it")
+
+
+def test_the_lecturer_has_address_and_code_for_latecomers(classroom, browser):
+    page = browser(classroom, "lecturer", "/room", password="chalk-and-talk")
+    expect(page.get_by_text("Join from your own device").first).to_be_in_viewport()
+    press(page, "QR code")
+    code = page.get_by_role("img", name="QR code")
+    expect(code).to_be_in_viewport(ratio=1)
+    assert code.bounding_box()["height"] > 400
+    press(page, "Close")
+    expect(code).to_be_hidden()
+
+
+def test_opening_a_room_with_a_long_history_lays_the_page_out_a_few_times(server, browser):
+    wires, page = crowd(server, 5), ready(browser(server, "ana", "/room"))
+    for wire in wires:
+        wire.send(*burst(60))
+        wire.until("4360")
+    meter = page.context.new_cdp_session(page)
+    meter.send("Performance.enable")
+
+    def layouts():
+        figures = meter.send("Performance.getMetrics")["metrics"]
+        return next(figure["value"] for figure in figures if figure["name"] == "LayoutCount")
+
+    before = layouts()
+    join(page)
+    expect(conversation(page).locator("[data-id]").nth(299)).to_be_attached()
+    assert layouts() - before < 150  # not one for each line, even if each frame has one
 
 
 def test_history_is_not_read_aloud_and_what_follows_is(server, browser):
