@@ -2348,7 +2348,11 @@ def test_speaking_is_counted_over_the_websocket_and_by_post(server, browser):
         until(lambda: page.evaluate("sentAt.size") % 10 == 0 and shown(page, "Full duplex"))
         assert DELAY.fullmatch(cell(page, way, "delay").inner_text())
         assert figure(page, way, "requests") == len(posts)
+        up = float(re.search(r"[\d.]+", cell(page, way, "bytes").inner_text())[0]) * 1000
         press(page, "Reset")
+    sizes = [post.sizes() for post in posts]
+    sent = sum(size["requestHeadersSize"] + size["requestBodySize"] for size in sizes)
+    assert 0.7 < up / sent < 1.4
 
 
 def test_first_arrivals_are_in_sight_without_scrolling(server, browser):
