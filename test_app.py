@@ -3239,16 +3239,20 @@ def test_text_of_twice_the_size_does_not_overlap(server, browser, path):
     page.evaluate("document.documentElement.style.setProperty('font-size', '200%', 'important')")
     overlaps = """
     () => {
-      const boxes = [...document.querySelectorAll("main *")]
-        .filter((box) => !box.closest(".visually-hidden, option, .messages"))
-        .filter((box) => [...box.childNodes].some((node) => node.data?.trim()))
-        .map((box) => [box, box.getBoundingClientRect()])
-        .filter(([, { width, height }]) => width && height);
-      return boxes.flatMap(([box, a]) => boxes
-        .filter(([other]) => other !== box && !other.contains(box) && !box.contains(other))
-        .filter(([, b]) => a.left < b.right - 1 && b.left < a.right - 1)
-        .filter(([, b]) => a.top < b.bottom - 1 && b.top < a.bottom - 1)
-        .map(([other]) => `${box.textContent} / ${other.textContent}`));
+      const lines = [];
+      const nodes = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+      while (nodes.nextNode()) {
+        const { data, parentElement } = nodes.currentNode;
+        const range = document.createRange();
+        range.selectNode(nodes.currentNode);
+        if (!data.trim() || parentElement.closest(".visually-hidden, option")) continue;
+        for (const { left, right, top, height } of range.getClientRects())
+          lines.push({ data, left, right, top: top + height / 4, bottom: top + height * 3 / 4 });
+      }
+      return lines.flatMap((a) => lines
+        .filter((b) => b !== a && a.left < b.right && b.left < a.right)
+        .filter((b) => a.top < b.bottom && b.top < a.bottom)
+        .map((b) => `${a.data} / ${b.data}`));
     }"""
     assert page.evaluate(overlaps) == []
     root = "document.documentElement"
