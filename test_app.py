@@ -6,6 +6,8 @@
 Nothing is mocked: what is tested live is `python app.py`, over TCP, with real clients.
 """
 
+import ast
+import base64
 import copy
 import json
 import os
@@ -28,6 +30,7 @@ from pathlib import Path
 import engineio
 import lab
 import nbformat
+import psutil
 import pytest
 import redis
 import requests
@@ -113,6 +116,12 @@ def fresh():
     """fresh(HOST="0.0.0.0"): a live server with these settings."""
     with ExitStack() as stack:
         yield lambda *command, **settings: stack.enter_context(started(*command, **settings))
+
+
+@pytest.fixture
+def changed(fresh):
+    """changed(after="..."): `app.py` with lines of a student's own, before or after it is read."""
+    return lambda before="", after="": fresh("-c", f"{before}\nimport app\n{after}\napp.main()")
 
 
 class Client(socketio.Client):
@@ -281,6 +290,31 @@ def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites_and_named_by_the_
     cookie = web().post("/login", data=form()).headers["Set-Cookie"]
     assert cookie.startswith(f"session-{program.PORT}=")
     assert {"HttpOnly", "SameSite=Lax"} <= set(cookie.split("; "))
+
+
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST:5000", "127.0.0.1:5000", "[::1]:5000"])
+def test_every_name_of_this_machine_leads_here(web, name):
+    assert web().get("/login", headers={"Host": name}).status_code == 200
+
+
+def test_a_domain_may_be_written_in_capitals(fresh):
+    server = fresh(DOMAIN="Chat.Example, other.example")
+    for name, status in (("chat.example", 200), ("CHAT.example", 200), ("localhost", 400)):
+        answer = requests.get(f"{server.url}/login", headers={"Host": name})
+        assert answer.status_code == status
+
+
+def test_a_space_after_the_port_is_ignored(changed):
+    server = changed('import os; os.environ["PORT"] += " "')  # from `set PORT=5001 && ...`
+    (cookie,) = sign_in(server.url, "ana").cookies
+    assert cookie.name == f"session-{server.port}"
+
+
+def test_an_old_python_and_one_without_packages_get_one_line_that_helps():
+    ast.parse((HERE / "app.py").read_text("utf-8"), feature_version=(3, 8))  # it can be read
+    run = subprocess.run([sys.executable, "-S", "app.py"], cwd=HERE, text=True, capture_output=True)
+    assert run.returncode and "pip install -r requirements.txt" in run.stderr
+    assert len(run.stderr.splitlines()) == 1 and not run.stdout
 
 
 # 3. State: the rules ------------------------------------------------------------------------------
@@ -1553,6 +1587,117 @@ def test_a_handshake_that_fails_is_forgotten(fresh):
     until(lambda: wire.ask("count")["connections"] == 1)
 
 
+PHOTO = """
+@app.socketio.on("photo")
+def photo(data):
+    app.socketio.emit("photo", bytes(data["size"]))
+    return {"ok": True}
+"""
+
+
+def test_bytes_of_a_students_handler_are_heard_over_both_transports(changed):
+    server = changed(after=PHOTO)
+    wire, polls = (
+        Wire(server, sign_in(server.url, "ana")),
+        Polls(server, sign_in(server.url, "eva")),
+    )
+    wire.enter("python")
+    assert polls.ask("join", room="python")["ok"]
+    for size in (1000, 50):
+        wire.send("420" + json.dumps(["photo", {"size": size}]))  # Wire passes over binary frames
+        assert wire.ask("chat", room="python", message=f"{size}")["ok"]
+        heard = polls.until('42["chat"')
+        photo = heard[heard.index('451-["photo",{"_placeholder":true,"num":0}]') + 1]
+        assert base64.b64decode(photo[1:]) == bytes(size)
+
+
+NAP = """
+@app.socketio.on("nap")
+{mark}
+def nap(data):
+    time.sleep(3)
+    return {{"ok": True}}
+"""
+
+
+@pytest.mark.parametrize("mark, first", [("", "chat"), ("@app.one_at_a_time", "nap")])
+def test_a_slow_handler_holds_up_nobody_unless_it_is_marked(changed, mark, first):
+    server, acks = changed("import time", NAP.format(mark=mark)), []
+    ana, eva = (Wire(server, sign_in(server.url, name)).enter("python") for name in ("ana", "eva"))
+
+    def nap():
+        assert ana.ask("nap")["ok"]
+        acks.append("nap")
+
+    napping = threading.Thread(target=nap)
+    napping.start()
+    time.sleep(0.5)
+    assert eva.ask("chat", room="python", message="beside")["ok"]
+    acks.append("chat")
+    napping.join()
+    assert acks[0] == first and ana.ask("leave", room="python")["ok"]
+
+
+FULL_ROOMS = """
+app.start()
+app.state.owners.update({"a": None, "b": None})
+for room in ["python", "flask", "staff", "room1", "a", "b"]:
+    for number in range(500):
+        app.state.store(app.state.user("ana"), room, f"{number} of {room}", None)
+"""
+
+
+def test_six_full_rooms_joined_in_one_post_are_heard_whole(changed):
+    server = changed(after=FULL_ROOMS)
+    polls = Polls(server, sign_in(server.url, "ana"))
+    rooms = ["python", "flask", "staff", "room1", "a", "b"]
+    joins = (
+        f"42{number}" + json.dumps(["join", {"room": room}]) for number, room in enumerate(rooms)
+    )
+    assert polls.send(*joins) == 200
+    heard = chats(packet for packet in polls.until("435[") if packet.startswith('42["chat"'))
+    assert [said["room"] for said in heard] == [room for room in rooms for _ in range(500)]
+
+
+STEP = """
+import os, time
+now = time.time
+time.time = lambda: now() - 3600 * os.path.exists({flag!r})
+"""
+
+
+def test_a_clock_that_is_set_back_cuts_nobody_and_signs_nobody_out(changed, tmp_path):
+    flag = tmp_path / "back"
+    server = changed(STEP.format(flag=str(flag)))
+    ana, polls = sign_in(server.url, "ana"), Polls(server, sign_in(server.url, "eva"))
+    wire = Wire(server, ana).enter("python")
+    first = wire.ask("chat", room="python", message="before")["id"]
+    flag.touch()
+    wire.until("2")  # a ping
+    assert polls.ask("join", room="python")["missed"] == 1
+    assert wire.ask("chat", room="python", message="after")["id"] > first
+    assert ana.get(f"{server.url}/messages?after=5").json()["gap"]
+
+
+def test_a_room_message_wakes_no_long_poll(fresh):
+    server, used = fresh(), []
+    ana = Wire(server, sign_in(server.url, "ana")).enter("python")
+    luis = cookie_of(sign_in(server.url, "luis"))
+    head = f"GET /messages?after={10**15}&wait=25 HTTP/1.0\r\nHost: {ME}\r\nCookie: {luis}\r\n\r\n"
+    polls = [socket.create_connection((ME, server.port)) for _ in range(200)]
+    for waiting in (False, True):
+        for poll in polls if waiting else ():
+            poll.sendall(head.encode())
+        until(lambda many=waiting: (server.usage.num_threads() > 200) == many)
+        time.sleep(1)
+        before = sum(server.usage.cpu_times()[:2])
+        for number in range(40):
+            ana.ask("chat", room="python", message=f"{number}")
+            time.sleep(0.05)
+        used.append(sum(server.usage.cpu_times()[:2]) - before)
+    assert used[1] < 4 * used[0] + 0.1
+
+
 # 8. The door --------------------------------------------------------------------------------------
 
 # fmt: off
@@ -1563,6 +1708,7 @@ STRANGERS = [
 ]
 HALVES = [
     {"Sec-WebSocket-Key": None}, {"Sec-WebSocket-Version": "7"}, {"Sec-WebSocket-Version": None},
+    {"Sec-WebSocket-Protocol": "\xe9"}, {"Connection": "Upgrade, \xe9"},
 ]
 LENGTH_LIES = ["Content-Length: -1", "Content-Length: 10000000000", "Transfer-Encoding: chunked"]
 TOO_LARGE = {
@@ -1605,6 +1751,51 @@ def test_what_strangers_pour_in_fills_no_memory(server, kind):
             tcp.sendall(data)
             assert number % 20 or requests.get(f"{server.url}/login").status_code == 200
             assert server.usage.memory_info().rss - before < 5e6
+
+
+def test_heads_without_an_end_fill_no_memory(server):
+    before, line = server.usage.memory_info().rss, b"X: " + b"x" * 65_000 + b"\r\n"
+    tcps = [socket.create_connection((ME, server.port)) for _ in range(20)]
+    for tcp in tcps:
+        with suppress(OSError):
+            tcp.sendall(b"GET / HTTP/1.1\r\n" + line * 90)
+    assert server.usage.memory_info().rss - before < 30e6
+
+
+def test_who_joins_and_leaves_without_end_is_heard_in_measure(server):
+    eva, guest = (Wire(server, register(server, name)).enter() for name in ("calm", "restless"))
+    assert eva.ask("join", room="python")["ok"]
+    loop = ['421["join",{"room":"python"}]', '421["leave",{"room":"python"}]'] * 200
+    began = time.monotonic()
+    guest.send(*loop, '422["join",{}]')
+    guest.until("432")
+    allowance = 60 + 20 * (time.monotonic() - began)
+    assert eva.ask("chat", room="python", message="that was it")["ok"]
+    assert 60 <= len([packet for packet in eva.heard if '"restless"' in packet]) <= allowance
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a second address: 127.0.0.2")
+def test_twenty_logins_at_a_time_from_one_address_do_not_hold_up_another(fresh):
+    server, answered = fresh(), []
+
+    def log_in(address, name):
+        body = f"username={name}&password=demo"
+        kind = "Content-Type: application/x-www-form-urlencoded"
+        head = f"Host: {ME}\r\n{kind}\r\nContent-Length: {len(body)}"
+        with socket.create_connection((ME, server.port), 60, (address, 0)) as tcp:
+            tcp.sendall(f"POST /login HTTP/1.0\r\n{head}\r\n\r\n{body}".encode())
+            assert tcp.recv(100)
+        answered.append(name)
+
+    names = [f"n{number}" for number in range(20)]
+    crowd = [threading.Thread(target=log_in, args=["127.0.0.2", name]) for name in names]
+    for thread in crowd:
+        thread.start()
+    until(lambda: answered)
+    log_in("127.0.0.1", "ana")
+    assert answered.index("ana") < 12
+    for thread in crowd:
+        thread.join()
 
 
 @pytest.mark.parametrize("first, payload", TOO_LARGE.values(), ids=TOO_LARGE)
@@ -1940,6 +2131,83 @@ def test_the_log_has_one_line_for_each_who_comes_and_goes_and_no_other(fresh, co
     lines = [(f"connected: {name}", f"disconnected: {name}") for name in ("ana", "luis", "eva")]
     assert comings_and_goings(server) == [line for pair in lines for line in pair]
     assert len(server.log) == 3 + 2 * len(lines)
+
+
+FLASK_RUN = """
+import os, sys
+from flask.cli import main
+sys.argv = ["flask", "--app", "app", "run", "--port", os.environ["PORT"]]
+main()
+"""
+GUNICORN = ["-m", "gunicorn", "-w", "1", "--threads", "50", "app:app"]
+OUTPUTS = {
+    "closed": "import sys; sys.stdout = None",
+    "no reader": "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 1)",
+    "stopped": """
+import os
+r, w = os.pipe()
+os.set_blocking(w, False)
+try:
+    while os.write(w, b"x" * 512): pass
+except BlockingIOError:
+    os.set_blocking(w, True)
+os.dup2(w, 1)""",
+    "IDLE's": "import io, sys; sys.stdout = io.StringIO()",
+}
+
+
+def talks(server):
+    """Whether people can sign in, meet over both transports, open the pages and go."""
+    ana, luis = sign_in(server.url, "ana"), sign_in(server.url, "luis")
+    wire, polls = Wire(server, ana).enter("python"), Polls(server, luis)
+    assert polls.ask("join", room="python")["members"] == ["ana", "luis"]
+    assert wire.ask("chat", room="python", message="hello")["ok"]
+    assert polls.until('42["chat"') and luis.get(f"{server.url}/room").status_code == 200
+    wire.send("1")
+    return polls.until('42["leave"')
+
+
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
+def test_whoever_reads_what_the_program_prints_or_not_people_can_talk(changed, output):
+    assert talks(changed(output))
+
+
+@pytest.mark.parametrize("command", [["-c", FLASK_RUN], GUNICORN], ids=["flask run", "gunicorn"])
+def test_people_can_talk_however_the_program_is_started(fresh, command):
+    if "gunicorn" in command:
+        pytest.importorskip("gunicorn", reason="pip install gunicorn")
+    server = fresh(*command)
+    assert talks(server) and not server.said("Traceback")
+
+
+def test_ctrl_c_while_the_first_accounts_are_made_is_quiet():
+    with subprocess.Popen(
+        [sys.executable, "app.py"],
+        cwd=HERE,
+        env=os.environ | {"PORT": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
+        run.stdout.readline()  # the address
+        run.send_signal(signal.SIGINT)
+        assert run.communicate()[1] == b"" and run.returncode in (0, -signal.SIGINT)
+
+
+def test_a_class_is_told_every_address_of_this_machine(classroom):
+    (line,) = classroom.said("Full duplex and rooms")
+    entries = [entry for entries in psutil.net_if_addrs().values() for entry in entries]
+    addresses = [entry.address for entry in entries if entry.family == socket.AF_INET]
+    others = [address for address in addresses if not address.startswith("127.")]
+    assert all(f"http://{address}:{classroom.port}" in line for address in others or [ME])
+
+
+def test_scripts_are_sent_as_scripts_whatever_the_registry_says(changed):
+    server = changed('import mimetypes; mimetypes.add_type("text/plain", ".js")')
+    page = sign_in(server.url, "ana").get(f"{server.url}/room").text
+    paths = re.findall(r'src="(/[^"]+)"', page)
+    assert "/socket.io.js" in paths
+    for path in paths:
+        assert "javascript" in requests.get(server.url + path).headers["Content-Type"]
 
 
 # Both pages: what they share ----------------------------------------------------------------------
