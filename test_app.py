@@ -11,6 +11,7 @@ import base64
 import copy
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -3876,6 +3877,47 @@ def test_an_exercise_takes_every_right_answer_and_refuses_wrong_ones(
     for answer, verdict in zip([*right, *wrong], verdicts, strict=True):
         name = re.search(r"(\w+)( =|\()", answer)[1]
         assert (f"{name} is right." in verdict) == (answer in right), verdict
+
+
+ANSWERS = [  # notebook; exercise; right answers; wrong answers
+    (2, "pings", [lambda i, p: 60 / i * p], [lambda i, p: i * p, lambda i, p: 60 / i]),
+    (
+        2,
+        "once",
+        [lambda said: [*{m["id"]: m for m in sorted(said, key=lambda m: m["id"])}.values()]],
+        [lambda said: said, lambda said: [], lambda said: sorted(said, key=lambda m: m["id"])],
+    ),
+    (
+        2,
+        "pause",
+        [
+            lambda n: min(30, 2**n) * random.uniform(0.6, 1),
+            lambda n: random.uniform(0.9, 1.1) * 2**n if n < 4 else 30,
+        ],
+        [
+            lambda n: min(30, 2**n),
+            lambda n: 2**n * random.uniform(0.6, 1),
+            lambda n: min(30, 2**n) * random.uniform(0.6, 1.2),
+        ],
+    ),
+    (3, "deliveries", [lambda n, s: n * n / s], [lambda n, s: n * (n - 1) / s, lambda n, s: n / s]),
+    (3, "share", [lambda c, n, s: c * n * n / s / 1e6], [lambda c, n, s: c * n / s / 1e6]),
+    (3, "saved", [lambda rate: max(0, 1 - 5 / rate)], [lambda rate: 1 - 5 / rate]),
+]
+
+
+@pytest.mark.parametrize("number, name, right, wrong", ANSWERS, ids=lambda value: str(value)[:9])
+def test_a_check_takes_each_right_answer_and_says_what_a_wrong_one_does(
+    capsys, number, name, right, wrong
+):
+    cells = code(nbformat.read(NOTEBOOKS[number], 4))
+    checks = "\n".join(cell.source for cell in cells if "def try_" in cell.source)
+    for answer in right:
+        exec(checks, {"lab": lab, name: answer})
+        assert f"{name} is right." in capsys.readouterr().out
+    for answer in wrong:
+        exec(checks, {"lab": lab, name: answer})
+        assert re.search(rf"^{name} is not right yet\. .{{15,}}", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize(
