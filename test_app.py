@@ -29,10 +29,12 @@ from functools import partial
 from pathlib import Path
 
 import engineio
+import judge
 import lab
 import nbformat
 import psutil
 import pytest
+import record
 import redis
 import requests
 import socketio
@@ -3749,6 +3751,95 @@ def test_while_redis_is_away_nothing_changes_and_everybody_is_told(processes):
     until(lambda: ana.ask("chat", room="python", message="Redis!")["ok"])
     assert [said["message"] for said in chats(ana.heard)] == ["Redis!"]
     assert not server.said("Traceback")
+
+
+# The judge ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """chat(old, new): the chat that notebook 6 builds, with a fault in it."""
+    notebook = nbformat.read(HERE / "notebooks/06_build_your_own.ipynb", 4)
+    shown = [output.get("text", "") for cell in code(notebook) for output in cell.outputs]
+    (source,) = [text for text in shown if 'if __name__ == "__main__":' in text]
+
+    def chat(old, new):
+        assert source.count(old) == 1
+        (tmp_path / "chat.py").write_text(source.replace(old, new), "utf-8")
+        return tmp_path / "chat.py"
+
+    return chat
+
+
+EMIT = '        emit("chat", said, to=room)\n'
+SWAP = """        late = history.pop("late", None)
+        if sent[key] % 20 == 0:
+            history["late"] = [said, request.sid]
+        emit("chat", said, to=room, skip_sid=request.sid if "late" in history else None)
+        if late:
+            emit("chat", late[0], to=late[1])
+"""
+TRACEBACK = "        except ValueError as reason:\n            app.logger.exception(reason)\n"
+# fmt: off
+PLANTED = [
+    (1, "lost", EMIT, '        if sent[key] % 100:\n            emit("chat", said, to=room)\n'),
+    (2, "overheard", EMIT, '        emit("chat", said, broadcast=True)\n'),
+    (2, "overheard", "require(room in rooms(),", "require(room in owners,"),
+    (3, "without ok", 'return {"ok": False, "error": "Send join, leave or chat."}', "return"),
+    (3, "tracebacks", "        except ValueError as reason:\n", TRACEBACK),
+    (4, "ways in", '"username": name, "m', '"username": data.get("username", name), "m'),
+    (4, "ways in", 'disconnect(sid, "/")', "pass"),
+    (5, "doubled", '["id"] > last_id', '["id"] >= last_id'),
+    (5, "out of order", EMIT, SWAP),
+]
+# fmt: on
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("level, kind, old, new", PLANTED)
+def test_the_judge_finds_a_planted_fault_and_shows_it(chat, level, kind, old, new):
+    verdict = judge.judge(chat(old, new), level)
+    assert verdict.holds == level - 1 and verdict.counts[kind] > 0
+    assert len(verdict.moments) > 1 and len(record.as_text(verdict.moments).splitlines()) > 2
+
+
+@pytest.mark.live
+def test_a_sound_chat_passes_all_levels_though_it_prints_without_end(chat):
+    noise = "def noise():\n    while True:\n        print(secrets.token_hex())\n\n\n"
+    start = "threading.Thread(target=noise, daemon=True).start()\nif True:"
+    verdict = judge.judge(chat('if __name__ == "__main__":', noise + start))
+    assert verdict.holds == 5 and not verdict.faults
+
+
+@pytest.mark.live
+def test_app_passes_all_levels_of_the_judge():
+    assert judge.judge(HERE / "app.py").holds == 5
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("accident", ["time.sleep(1000)", "os._exit(1)"])
+def test_a_chat_that_hangs_or_ends_is_judged_and_nothing_stays_behind(chat, accident):
+    threads = set(threading.enumerate())
+    thirtieth = f"        if sent[key] % 30 == 0:\n            {accident}\n"
+    assert judge.judge(chat(EMIT, EMIT + thirtieth), level=1).holds == 0
+    until(lambda: set(threading.enumerate()) <= threads)
+
+
+@pytest.mark.live
+def test_the_judge_says_with_its_exit_status_what_it_found(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, HERE / "notebooks/judge.py", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    (tmp_path / "chat.py").write_text(python_in_the_readme("from flask "))
+    (tmp_path / "broken.py").write_text("1 / 0")
+    assert run("chat.py", "--level", "1") == (0, "level 1 heard: holds (0 lost, 0 doubled)\n")
+    status, text = run("chat.py")
+    assert status == 1 and re.search(r'(?s)level 2 rooms: fails .*hears "eva \d+"', text)
+    status, text = run("broken.py")
+    assert status == 2 and "ZeroDivisionError" in text
+    assert run("--url", f"http://{ME}:9")[0] == 2
 
 
 # The notebooks ------------------------------------------------------------------------------------

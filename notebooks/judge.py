@@ -35,13 +35,12 @@ NO_TEXT = None, 7, "", " ", ["Hello"], "x" * 501
 MALFORMED = [(event, data) for event in ("join", "leave", "chat") for data in NO_ROOM]
 MALFORMED += [(event,) for event in ("join", "leave", "chat")]
 MALFORMED += [("chat", {"room": "python", "message": text}) for text in NO_TEXT]
-MALFORMED += [(event, {}) for event in ("wave", "", "connect", "disconnect")]
-
+MALFORMED += [(event, {}) for event in ("wave", "", "message", "json")]
 OTHER_SITE = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
 ACCIDENTS = None, "the ack is lost", None, "cut off at once", None, "cut off while coming back"
 
-Fault = namedtuple("Fault", "kind sentence about")  # `about`: what the moments are about
-Verdict = namedtuple("Verdict", "holds counts sentence moments")
+Fault = namedtuple("Fault", "kind sentence about")
+Verdict = namedtuple("Verdict", "holds counts faults moments")
 
 
 def heard(record, server):
@@ -63,7 +62,7 @@ def compare(record, people):
             if len(messages) > 1:
                 yield Fault("doubled", f'{one.name} hears "{text}" twice.', [text, one.name])
             if one.name not in record.said[text]:
-                yield Fault("overheard", f'{one.name} should not hear "{text}".', [text])
+                yield Fault("overheard", f'{one.name} should not hear "{text}".', [text, one.name])
 
 
 def rooms(record, server):
@@ -156,9 +155,8 @@ def nothing_lost(record, server):
         record.settle(people)
     yield from compare(record, people)
     for one in people:
-        heard = [(messages[0].get("id") or 0, text) for text, messages in one.heard.items()]
-        for (first_id, first), (then_id, then) in pairwise(heard):
-            if then_id < first_id:
+        for (first, said), (then, later) in pairwise(one.heard.items()):
+            if (later[0].get("id") or 0) < (said[0].get("id") or 0):
                 sentence = f'{one.name} hears "{first}" before "{then}".'
                 yield Fault("out of order", sentence, [first, then, one.name])
 
@@ -178,7 +176,7 @@ def talk(client, relay):
             about = record.say(client, text=text)[1]
         record.wait(lambda client=client, about=about: client.answered(about))
         if not client.acks.get(about, {}).get("ok"):
-            raise TimeoutError(f"{client.name} gets no ok any more.")
+            raise TimeoutError(f'{client.name} is not told that "{text}" was said.', about)
     return client
 
 
@@ -219,14 +217,14 @@ def judge(file=None, level=len(LEVELS), url=None, events=()):
             try:
                 faults += examine(record, server)
             except (OSError, RuntimeError) as error:  # nobody answers
-                faults.append(Fault("stuck", str(error), []))
+                faults.append(Fault("stuck", str(error.args[0]), error.args[1:]))
             counts = dict.fromkeys(kinds, 0) | Counter(fault.kind for fault in faults)
             words = ", ".join(f"{many} {kind}" for kind, many in counts.items())
             print(f"level {number} {name}: {'fails' if faults else 'holds'} ({words})", flush=True)
             if faults:
-                _, sentence, about = faults[0]
-                return Verdict(number - 1, counts, sentence, smallest(record.history, about))
-    return Verdict(level, counts, "", [])
+                moments = smallest(record.history, faults[0].about)
+                return Verdict(number - 1, counts, faults, moments)
+    return Verdict(level, counts, [], [])
 
 
 def main():
@@ -236,15 +234,15 @@ def main():
     parser.add_argument("--level", type=int, default=len(LEVELS), choices=range(1, len(LEVELS) + 1))
     parser.add_argument("--events", default="")
     options = parser.parse_args()
-    if bool(options.file) == bool(options.url):
+    if not options.file and not options.url:
         parser.error("Name a file or a --url.")  # exits with 2
     events = [pair.split("=") for pair in options.events.split(",") if pair]
     try:
         verdict = judge(options.file, options.level, options.url, events)
     except (LookupError, OSError) as error:
         parser.exit(2, f"There is nothing to judge. {error}\n")
-    if verdict.sentence:
-        print(f"\n{verdict.sentence}\n\n{as_text(verdict.moments)}".rstrip())
+    if verdict.faults:
+        print(f"\n{verdict.faults[0].sentence}\n{as_text(verdict.moments)}")
     sys.exit(verdict.holds < options.level)
 
 

@@ -67,7 +67,8 @@ class Client(socketio.Client):
                 return  # or it was said before this level
             heard = self.missed if self.deaf else self.heard
             heard.setdefault(text, []).append(message)
-            by = f" by {message['username']}" if "username" in message else ""
+            name = message.get("username")
+            by = f" by {name}" if name and name not in text else ""
             self.record.note(self.name, f'hears "{text}"{by}', None if self.deaf else text)
 
     def ask(self, *event):
@@ -220,16 +221,17 @@ def come_back(client, relay, ready=lambda: True, again=False):
 
 
 def smallest(history, about):
-    """The moments that show a fault; of the cuts those in between, and the last one before."""
+    """The moments that show a fault. The last one is somebody's whom it is about."""
     shown = [moment for moment in history if moment.about in about]
     core = [place for place, moment in enumerate(shown) if moment.about not in NAMES] or [0]
-    return shown[max(core[0] - 1, 0) : core[-1] + 1]
+    last = [place for place in core if shown and shown[place].who in about] or core
+    return shown[max(core[0] - 1, 0) : last[-1] + 1]
 
 
 def as_text(history):
     """Draw moments for a terminal: a column for each person, and time goes down."""
     people, cells = parts(history)
-    width = max(map(len, cells)) + 2
+    width = max(map(len, cells), default=0) + 2
     lines = ["       ms  " + "".join(who.ljust(width) for who in people).rstrip()]
     for moment, cell in zip(history, cells, strict=True):
         ms = 1000 * (moment.second - history[0].second)
@@ -242,21 +244,20 @@ def as_picture(history, title):
     import matplotlib.pyplot as plt  # slow to load: only where there are pictures
 
     people, cells = parts(history)
-    size = (12, 1.4 + 0.8 * len(people))
-    axes = plt.subplots(figsize=size, layout="constrained")[1]
-    spoken, colours = {}, {"says": "C0", "hears": "C2", "is": "C3", "sends": "C0", "connects": "C0"}
+    size = (12, 1.8 + 0.8 * len(people))
+    axes, spoken = plt.subplots(figsize=size, layout="constrained")[1], {}
     for place, (moment, cell) in enumerate(zip(history, cells, strict=True)):
-        verb, row = moment.what.split()[0], people.index(moment.who)
-        axes.plot(place, row, "o", color=colours[verb], markersize=10)
-        axes.annotate(cell, (place, row), (4, 8), textcoords="offset points", rotation=12)
-        if verb == "says":
-            spoken[moment.about] = place, row
-        elif verb == "hears" and moment.about in spoken:
-            axes.annotate("", (place, row), spoken[moment.about], arrowprops={"arrowstyle": "->"})
+        here = place, people.index(moment.who)
+        axes.plot(*here, "C0o", markersize=10)
+        axes.annotate(cell, here, (4, 8), textcoords="offset points", rotation=12)
+        if moment.what.startswith("says"):
+            spoken[moment.about] = here
+        elif moment.what.startswith("hears") and moment.about in spoken:
+            axes.annotate("", here, spoken[moment.about], arrowprops={"arrowstyle": "->"})
     ms = [f"{1000 * (moment.second - history[0].second):.0f}" for moment in history]
-    axes.set(title=title, xlabel="milliseconds (not to scale)", xlim=(-0.5, len(history) + 0.5))
+    axes.set(title=title, xlabel="milliseconds (not to scale)", xlim=(-0.5, len(history) + 0.3))
     axes.set(xticks=range(len(history)), xticklabels=ms, yticks=range(len(people)))
-    axes.set(yticklabels=people, ylim=(len(people) - 0.5, -0.8))
+    axes.set(yticklabels=people, ylim=(len(people) - 0.5, -1))
     axes.grid(axis="y")
     plt.show()
 
