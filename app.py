@@ -976,7 +976,7 @@ def ping_all():
         for connection in list(engine.sockets.values()):
             if connection.is_stuck():
                 stuck.put(connection)
-            else:
+            elif connection.connected:  # a ping before the first packet ends a client
                 connection.send(EnginePacket(PING))
         time.sleep(PING_EVERY)
 

@@ -23,9 +23,11 @@ import threading
 import time
 import tomllib
 import zlib
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import engineio
@@ -41,6 +43,16 @@ import socketio
 from axe_playwright_python.sync_playwright import Axe
 from flask_login import FlaskLoginClient
 from flask_socketio import SocketIOTestClient
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from lab import ME, Relay, Server, sign_in, until
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -2034,6 +2046,461 @@ def test_a_log_out_leaves_no_connection_that_was_just_being_opened(fresh):
             assert packet != "2"  # a ping: this one has been left behind
         wire.tcp.close()
     until(lambda: (server.usage.num_threads(), server.usage.num_fds()) <= usage)
+
+
+# A model finds the next ones ----------------------------------------------------------------------
+
+
+class Model:
+    """Who hears what, by the contract alone. A line is a connection: here, a number."""
+
+    def __init__(self, newest):
+        self.newest, self.said, self.keys = newest, [], defaultdict(list)  # name -> [(key, id)]
+        self.owners, self.guests = {"python": None}, set()  # room -> name; (name, room)
+        self.lines, self.inside = {}, set()  # line -> name; (line, room)
+        self.spent, self.heard = Counter(), defaultdict(list)  # line -> [(event, data)]
+
+    def tell(self, lines, event, **data):
+        for line in lines:
+            self.heard[line].append((event, data))
+
+    def listeners(self, room):
+        return [line for line in self.lines if room is None or (line, room) in self.inside]
+
+    def lines_of(self, name, room=None):
+        return [line for line in self.listeners(room) if self.lines[line] == name]
+
+    def may(self, name, kind):
+        self.spent[name, kind] += 1
+        return self.spent[name, kind] <= program.BURST
+
+    def since(self, room, last_id):
+        newer = [said for said in self.said if said["room"] == room and said["id"] > last_id]
+        gap = len(newer) > program.HISTORY or last_id > self.newest
+        return newer[-program.HISTORY :], gap
+
+    def who(self, name, room):
+        members = sorted({self.lines[line] for line in self.listeners(room)})
+        return {"room": room, "username": name, "members": members}
+
+    # What somebody does. Each returns what the ack adds, or None if it is refused.
+
+    def join(self, line, room, last_id):
+        name, (missed, gap) = self.lines[line], self.since(room, last_id)
+        if self.owners[room] not in (None, name) and (name, room) not in self.guests:
+            return None
+        new = not self.lines_of(name, room)
+        if new and not self.may(name, "notices"):
+            return None
+        for said in missed:
+            self.tell([line], "chat", **said)
+        self.inside.add((line, room))
+        if new:
+            self.tell(self.listeners(room), "join", **self.who(name, room))
+        ack = {"missed": len(missed), "gap": gap, "last_id": self.newest}
+        return ack | self.who(name, room)
+
+    def leave(self, line, room):
+        last = self.lines_of(self.lines[line], room) == [line]
+        if (line, room) not in self.inside or (last and not self.may(self.lines[line], "notices")):
+            return None
+        return self.take_out(line, room, "left")
+
+    def take_out(self, line, room, reason):
+        name = self.lines[line]
+        self.inside.remove((line, room))
+        if not self.lines_of(name, room):
+            self.tell(self.listeners(room), "leave", reason=reason, **self.who(name, room))
+        return {}
+
+    def end(self, line, reason):
+        for room in self.owners:
+            if (line, room) in self.inside:
+                self.take_out(line, room, reason)
+        del self.lines[line]
+
+    def chat(self, name, line, new_id, message, key, room=None):
+        known = dict(self.keys[name][-program.HISTORY :]).get(key)
+        if known:
+            return {"id": known}
+        if (room and (line, room) not in self.inside) or not self.may(name, "messages"):
+            return None
+        assert new_id > self.newest
+        self.newest = new_id
+        self.keys[name] += [(key, new_id)] if key else []
+        self.said.append({"id": new_id, "room": room, "username": name, "message": message})
+        self.tell(self.listeners(room), "chat", **self.said[-1])
+        return {"id": new_id}
+
+    def typing(self, line, room):
+        name = self.lines[line]
+        if (line, room) not in self.inside or not self.may(name, "notices"):
+            return None
+        others = [other for other in self.listeners(room) if self.lines[other] != name]
+        self.tell(others, "typing", room=room, username=name)
+        return {}
+
+    def invite(self, line, room, username, event="invite"):
+        host = self.lines[line]
+        if self.owners[room] != host or username == host or not self.may(host, "notices"):
+            return None
+        self.guests.add((username, room))
+        self.tell(self.lines_of(username), event, room=room, by=host)
+        return {"username": username}
+
+    def expel(self, line, room, username):
+        if not self.invite(line, room, username, "expel"):
+            return None
+        self.guests.remove((username, room))
+        for inside in self.lines_of(username, room):
+            self.take_out(inside, room, "expelled")
+        return {}
+
+
+def one_of(choices):
+    """One of those there are at this moment, in the machine that runs."""
+    return st.runner().flatmap(lambda people: st.sampled_from(list(choices(people))))
+
+
+NAME, LINE = one_of(lambda people: people.sessions), one_of(lambda people: people.lines)
+ROOM = one_of(lambda people: people.model.owners)
+SEAT, GUEST = one_of(lambda people: people.seats()), one_of(lambda people: people.guests())
+LAST_ID = one_of(lambda people: people.last_ids())
+KEY = st.sampled_from([None, None, *"abcdefg"])
+
+
+class People(RuleBasedStateMachine):
+    """People do what they can, and all hear what the model says they hear and nothing else."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place, self.model = place, Model(place.begin())
+        self.began, self.count = self.model.newest, 0
+        self.sessions, self.signed_out, self.lines = {}, set(), {}
+        for _ in range(3):
+            self.register()
+        for name in self.sessions:
+            self.connect(name, "python", self.began)
+        _, room, _ = self.model.owners
+        self.do(1, room, "invite", username=self.model.lines[2])
+        for line in (1, 2):
+            self.do(line, room, "join", last_id=self.began)
+
+    def seats(self):
+        """Where somebody may do something: mostly where they are."""
+        everywhere = list(product(self.lines, self.model.owners))
+        return sorted(self.model.inside) * 6 + everywhere
+
+    def guests(self):
+        """Who may invite and expel whom where: mostly an owner somebody who is inside."""
+        visits = list(product(self.lines, self.model.owners, self.sessions))
+        hosted = [
+            (line, room, name)
+            for line, room, name in visits
+            if self.model.owners[room] == self.model.lines[line] != name
+        ]
+        inside = [visit for visit in hosted if self.model.lines_of(visit[2], visit[1])]
+        return inside * 30 + hosted * 3 + visits
+
+    def last_ids(self):
+        newest = self.model.newest
+        return [self.began, newest + 9, *(said["id"] for said in self.model.said)]
+
+    def agree(self, ack, expected):
+        assert refusal(ack) if expected is None else ack == {"ok": True} | expected
+
+    def do(self, line, room, event, **more):
+        ack = self.lines[line].ask(event, room=room, **more)
+        self.agree(ack, getattr(self.model, event)(line, room, **more))
+
+    @precondition(lambda self: len(self.sessions) < 4)
+    @rule()
+    def register(self):
+        name, room, session = self.place.register()
+        self.sessions[name] = session
+        if len(self.sessions) < 3:  # of the others' rooms nobody speaks
+            self.model.owners[room] = name
+
+    @precondition(lambda self: len(self.lines) < 8)
+    @rule(name=NAME, room=ROOM, last_id=LAST_ID)
+    def connect(self, name, room, last_id):
+        if name in self.signed_out:
+            assert self.place.refuses(self.sessions[name])
+            self.signed_out.remove(name)
+            self.sessions[name] = self.place.sign_in(name)
+        self.count += 1
+        self.lines[self.count] = self.place.connect(self.sessions[name])
+        self.model.lines[self.count] = name
+        self.do(self.count, room, "join", last_id=last_id)
+
+    @precondition(lambda self: len(self.lines) > 3)
+    @rule(line=LINE)
+    def cut(self, line):
+        self.model.end(line, self.place.cut(self.lines.pop(line)))
+
+    @precondition(lambda self: len(self.lines) > 3)
+    @rule(line=LINE)
+    def log_out(self, line):
+        name = self.model.lines[line]
+        self.sessions[name].post(f"{self.place.url}/logout")
+        self.signed_out.add(name)
+        for own in self.model.lines_of(name):
+            self.model.end(own, "server disconnect")
+            assert self.place.has_ended(self.lines.pop(own))
+
+    @precondition(lambda self: self.lines)
+    @rule(line=LINE, room=ROOM, last_id=LAST_ID)
+    def join(self, line, room, last_id):
+        self.do(line, room, "join", last_id=last_id)
+
+    @precondition(lambda self: self.lines)
+    @rule(seat=SEAT, event=st.sampled_from(["leave", "typing"]))
+    def leave_or_type(self, seat, event):
+        self.do(*seat, event)
+
+    @precondition(lambda self: self.lines)
+    @rule(guest=GUEST, event=st.sampled_from(["invite", "expel"]))
+    def invite_or_expel(self, guest, event):
+        line, room, name = guest
+        self.do(line, room, event, username=name)
+
+    @precondition(lambda self: self.lines)
+    @rule(seat=SEAT, to_all=st.sampled_from([False, False, True]), key=KEY)
+    def chat(self, seat, to_all, key):
+        line, room = seat
+        said = {"message": f"after {self.model.newest}", "key": key}
+        said["room"] = None if to_all else room
+        ack, name = self.lines[line].ask("chat", **said), self.model.lines[line]
+        self.agree(ack, self.model.chat(name, line, ack.get("id", 0), **said))
+
+    @rule(name=NAME, key=KEY, last_id=LAST_ID)
+    def post_and_poll(self, name, key, last_id):
+        said = {"message": f"after {self.model.newest}", "key": key}
+        session, url = self.sessions[name], f"{self.place.url}/messages"
+        posted, polled = session.post(url, json=said), session.get(f"{url}?after={last_id}")
+        if name in self.signed_out:
+            assert posted.status_code == polled.status_code == 401
+            return
+        ack = {"ok": posted.status_code == 201} | json.loads(posted.text)
+        self.agree(ack, self.model.chat(name, None, ack.get("id", 0), **said))
+        (missed, gap), heard = self.model.since(None, last_id), json.loads(polled.text)
+        assert [without_time(data) for data in heard["messages"]] == missed
+        assert heard["gap"] is gap
+
+    @invariant()
+    def all_hear_what_they_should(self):
+        for line, client in self.lines.items():
+            heard = [(event, without_time(data)) for event, data in self.place.heard(client)]
+            assert by_room(heard) == by_room(self.model.heard.pop(line, []))
+        assert not self.model.heard
+
+    def teardown(self):
+        for client in self.lines.values():
+            self.place.cut(client)
+
+
+def without_time(data):
+    return {field: value for field, value in data.items() if field != "created_at"}
+
+
+def by_room(heard):
+    """In each room the order counts."""
+    return sorted(heard, key=lambda packet: packet[1]["room"] or "")
+
+
+class Indoors:
+    """A place where events go straight to the handlers."""
+
+    url = ""
+
+    def begin(self):
+        program.state = program.State()
+        return program.state.newest()
+
+    def register(self):
+        number = len(program.state.users) + 1
+        name = program.state.register(f"user{number}", DEMO).name
+        return name, f"room{number}", self.sign_in(name)
+
+    def sign_in(self, name):
+        user = program.state.user(name)
+        return FlaskLoginClient(program.app, program.app.response_class, user=user)
+
+    def connect(self, session):
+        return Talker(program.app, program.socketio, flask_test_client=session)
+
+    def refuses(self, session):
+        return not self.connect(session).is_connected()
+
+    def heard(self, talker):
+        return talker.heard()
+
+    def cut(self, talker):
+        talker.disconnect()
+        return "client disconnect"
+
+    def has_ended(self, talker):
+        return not talker.is_connected()
+
+
+class Outdoors:
+    """A live server that nobody else uses, with people on WebSockets and on polling."""
+
+    def __init__(self, server):
+        self.server, self.url, self.users = server, server.url, 3
+        self.ana, self.opened, self.ends = sign_in(server.url, "ana"), 0, Counter()
+
+    def begin(self):
+        return self.ana.post(f"{self.url}/messages", json={"message": "Begin"}).json()["id"]
+
+    def register(self):
+        self.users += 1
+        name = f"user{self.users}"
+        return name, f"room{self.users}", register(self.server, name)
+
+    def sign_in(self, name):
+        return sign_in(self.url, name, "password")
+
+    def connect(self, session):
+        self.opened += 1
+        if self.opened % 3 == 0:
+            return AttentivePolls(self.server, session)
+        return AttentiveWire(self.server, session).enter()
+
+    def refuses(self, session):
+        return Wire(self.server, session).status == 401
+
+    def heard(self, client):
+        client.ask("fence")  # no such event: its ack comes after all that was on its way
+        packets, client.heard = client.heard, []
+        return [json.loads(packet[2:]) for packet in packets if packet.startswith("42")]
+
+    def cut(self, client):
+        polls = isinstance(client, Polls)
+        client.send("1") if polls else client.tcp.close()
+        return self.wait_for_an_end("client disconnect" if polls else "transport close")
+
+    def has_ended(self, client):
+        self.wait_for_an_end("server disconnect")
+        return isinstance(client, Polls) or client.ended()
+
+    def wait_for_an_end(self, reason):
+        self.ends[reason] += 1
+        until(lambda: len(self.server.said(f"({reason})")) >= self.ends[reason])
+        return reason
+
+
+class Attentive:
+    """A client whose `heard` is all that it has heard since somebody emptied it."""
+
+    heard = ()
+
+    def ask(self, event, **fields):
+        earlier = self.heard
+        ack = super().ask(event, **fields)
+        self.heard = [*earlier, *self.heard]
+        return ack
+
+
+class AttentiveWire(Attentive, Wire):
+    pass
+
+
+class AttentivePolls(Attentive, Polls):
+    pass
+
+
+def try_everything(place, **options):
+    """Run the machine, the same way each time."""
+    options = {"derandomize": True, "print_blob": False, "deadline": None} | options
+    run_state_machine_as_test(partial(People, place), settings=settings(database=None, **options))
+
+
+@pytest.fixture
+def modest(state, monkeypatch, tmp_path):
+    """Little is remembered and allowed: what happens at the limits happens soon."""
+    for name, value in {"HISTORY": 5, "BURST": 20, "RATE": 1e-6}.items():
+        monkeypatch.setattr(program, name, value)
+    set_hypothesis_home_dir(tmp_path)  # it would leave files here
+
+
+def test_two_thousand_steps_in_any_order_are_heard_by_whom_they_should(modest):
+    try_everything(Indoors(), max_examples=40, stateful_step_count=50)
+
+
+def test_a_guest_who_stays_inside_after_an_expulsion_is_found(modest, monkeypatch):
+    def leave_inside(sid, room, reason, remove=program.remove_from_room):
+        return reason == "expelled" or remove(sid, room, reason)
+
+    monkeypatch.setattr(program, "remove_from_room", leave_inside)
+    with pytest.raises(AssertionError):
+        try_everything(Indoors(), max_examples=200, stateful_step_count=50, phases=[Phase.generate])
+
+
+def test_hundreds_of_steps_over_the_network_are_heard_by_whom_they_should(fresh, tmp_path):
+    set_hypothesis_home_dir(tmp_path)
+    size = {"max_examples": 4, "stateful_step_count": 50}  # few enough: nobody is told to slow down
+    try_everything(Outdoors(fresh()), phases=[Phase.generate], **size)
+
+
+SLOW = """
+import time
+import app
+
+app.PING_EVERY, app.PATIENCE = 0.2, 0.5
+upgrades = app.engine._upgrades
+app.engine._upgrades = lambda *connection: time.sleep(0.5) or upgrades(*connection)
+
+@app.socketio.on("slow join")
+@app.one_at_a_time
+def slow_join(data):
+    time.sleep(0.05)
+    return app.join(data)
+
+app.main()
+"""
+
+
+def test_no_ping_comes_before_the_first_packet(fresh):
+    server = fresh("-c", SLOW)
+    ana = sign_in(server.url, "ana")
+    assert Wire(server, ana).read().startswith("0{")
+    assert Polls(server, ana, connect=False).sid
+
+
+def test_nobody_stays_in_a_room_whose_connection_ends_while_they_join(fresh):
+    server, lines, names = fresh("-c", SLOW), [], [f"user{n}" for n in range(8)]
+    joins = [f'42["{event}",{{"room":"python"}}]' for event in ("slow join", "join")]
+
+    def visit(session, number, delay):
+        with suppress(OSError, AssertionError):  # sooner or later each connection ends
+            line = Wire(server, session).enter() if number % 3 else Polls(server, session)
+            lines.append(line)  # else it would be closed with this function
+            time.sleep(delay)
+            line.send(*joins)
+            if number % 4 == 1:
+                line.send("1")
+
+    for number, name in enumerate(names):
+        session, silent = register(server, name), number % 2
+        delays = [silent * n / 30 for n in range(20)]  # those who are silent are cut after 0.5 s
+        visits = [threading.Thread(target=visit, args=[session, *v]) for v in enumerate(delays)]
+        for thread in visits:
+            thread.start()
+        if not silent:
+            until(lambda name=name: server.said(f"connected: {name}"))
+            time.sleep(number / 20)
+            session.post(f"{server.url}/logout")
+        for thread in visits:
+            thread.join()
+    until(lambda: len(server.said("connected: ")) == 2 * len(server.said("disconnected: ")) > 100)
+    eva = sign_in(server.url, "eva")
+
+    def members():
+        with suppress(OSError, AssertionError):
+            return Wire(server, eva).enter().ask("join", room="python")["members"]
+
+    assert until(members) == ["eva"]
 
 
 # 9. Run -------------------------------------------------------------------------------------------
