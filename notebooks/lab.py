@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
+from random import randrange
 from threading import Thread
 
 import psutil
@@ -35,12 +36,19 @@ def until(condition, seconds=20):
     return value
 
 
+def free_port():
+    """Return a free port; below 32768, where outgoing connections do not take it meanwhile."""
+    while True:
+        port = randrange(10_000, 32_768)
+        with suppress(OSError), socket.create_server((ME, port)):
+            return port
+
+
 class Server:
     """`python app.py`, or another command, on a free port; it stops however this program ends."""
 
     def __init__(self, *command, folder=ROOT, **settings):
-        with socket.create_server((ME, int(settings.get("PORT", 0)))) as free:
-            self.port = free.getsockname()[1]
+        self.port = int(settings.get("PORT") or free_port())
         self.url, self.command = f"http://{ME}:{self.port}", command or ["app.py"]
         self.folder, port = folder, str(self.port)
         self.environ = os.environ | settings | {"PORT": port, "FLASK_RUN_PORT": port}
