@@ -4374,7 +4374,7 @@ EXERCISES = [  # notebook; how many cells to run before; right answers; wrong an
         1,
         [
             """packet = '427["chat",{"message":"bonjour"}]'""",
-            """packet = '427["chat", {"message": " bonjour", "key": "k"}]'""",
+            """packet = '427["chat", {"message": "bonjour", "key": "k"}]'""",
             f"{SAY}.json()['id']",
             "next_pause = lambda pause, news: max(pause / 2, 0.5) if news else min(pause * 2, 8)",
             "next_pause = lambda pause, news: 0.5 if news else min(pause * 2, 8)",
