@@ -26,12 +26,11 @@ going when a client is slow, a cable is unplugged, or somebody attacks.
 """
 
 import sys
+import threading
 from importlib.util import find_spec
 
 if sys.version_info < (3, 11) or not find_spec("nicegui"):
     sys.exit("This needs Python 3.11 or newer, and: python -m pip install -r requirements.txt")
-
-import threading
 
 from flask import Flask, request
 from flask_login import current_user
@@ -73,7 +72,7 @@ from flask_login import LoginManager, UserMixin, login_required, login_user, log
 from itsdangerous import TimestampSigner
 from limits import RateLimitItemPerMinute, storage, strategies
 from socketio import Manager, packet
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.security import check_password_hash, generate_password_hash
 from werkzeug.serving import WSGIRequestHandler, get_interface_ip, make_server
@@ -98,8 +97,7 @@ log = SimpleQueue()  # lines to print: a stopped terminal must not block the cha
 #     State.say           checks the rules, numbers the message and keeps it (4)
 #     socketio.emit       hands one packet to each connection in the room (the library)
 #     Connection.send     writes it at once, or queues it if the client is slow (7)
-# What a handler returns is the ack. `emit` sends to the sender's connection only, `socketio.emit`
-# to a room (`to=`) or, without one, to everyone.
+# Handlers return the ack. `emit` sends to the sender only, `socketio.emit` to a room or everyone.
 
 
 def one_at_a_time(handler):
@@ -794,7 +792,7 @@ class EnginePacket(engineio.packet.Packet):
     """An Engine.IO packet. Without this, a malformed one leaves a traceback."""
 
     def encode(self, b64=False):
-        """Encode bytes anew for each client: one WebSocket's would break the polls of a room."""
+        """Encode a packet; bytes anew for each client: in the cache, a WebSocket's break a poll."""
         if not self.binary:
             return super().encode()
         return "b" + b64encode(self.data).decode() if b64 else self.data
@@ -1100,7 +1098,7 @@ def door(environ, start_response):
             start()
     environ["HTTP_HOST"] = host = environ.get("HTTP_HOST", "").lower()
     if TRUSTED_HOSTS and re.sub(r":\d*$", "", host) not in TRUSTED_HOSTS:  # Flask's has no IPv6
-        return BadRequest("This server does not serve that host.")(environ, start_response)
+        return Refused("This server does not serve that host.", 400)(environ, start_response)
     if environ["PATH_INFO"].startswith("/socket.io/"):
         try:
             with app.request_context(environ):
