@@ -27,7 +27,7 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{ME},localhost"
 GUARD = "import os, sys; sys.stdin.read(); getattr(os, 'killpg', os.kill)(int(sys.argv[1]), 9)"
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
     """Wait until condition() holds, and return its value; AssertionError if it never does."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
