@@ -4363,6 +4363,40 @@ def test_a_notebook_is_committed_as_one_run_from_top_to_bottom_made_it(path):
         assert output.output_type != "error" and output.get("name") != "stderr"
 
 
+@pytest.mark.parametrize(
+    "guess, truth, unit, words",
+    [
+        (None, 6204, "bytes", "You made no guess. It was 6,204 bytes."),
+        (500, 6204.125, "bytes", "You said 500 bytes. It was 6,204.12 bytes."),
+        ({"luis"}, {"luis", "ana"}, "", "You said luis. It was ana, luis."),
+        (set(), set(), "", "You said nobody. It was nobody."),
+        ("many", 3, "times", "You said many. It was 3 times."),
+    ],
+)
+def test_a_guess_is_set_beside_what_was_seen(capsys, guess, truth, unit, words):
+    lab.score(guess, truth, unit)
+    assert capsys.readouterr().out == words + "\n"
+
+
+@pytest.mark.live
+def test_a_notebook_reaches_its_server_past_a_proxy_and_from_any_folder(tmp_path):
+    program = """import lab, socketio
+server = lab.Server()
+session = lab.sign_in(server.url, "ana")
+for transport in ("polling", "websocket"):
+    with socketio.SimpleClient(http_session=session) as client:
+        client.connect(server.url, transports=[transport])
+        print(client.transport, client.call("join", {"room": "python"})["ok"])
+"""
+    nowhere = {f"{name}_proxy": f"http://{ME}:9" for name in ("http", "https", "all")}
+    folder = tmp_path / "a folder with spaces"
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".*"))
+    environ = os.environ | nowhere | {"PYTHONPATH": str(folder / "notebooks"), "NO_PROXY": "intra"}
+    command = [sys.executable, "-c", program]
+    answer = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert answer.stdout.split() == ["polling", "True", "websocket", "True"], answer.stderr
+
+
 SAY = "def say(message): return luis.post(f'{server.url}/messages', json={'message': message})"
 TWICE = (
     "def twice(client, message):\n    fields = {'room': 'python', 'message': message, 'key': 'k'}\n"
