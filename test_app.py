@@ -2240,9 +2240,10 @@ class People(RuleBasedStateMachine):
         name = self.model.lines[line]
         self.sessions[name].post(f"{self.place.url}/logout")
         self.signed_out.add(name)
-        for own in self.model.lines_of(name):
-            self.model.end(own, "server disconnect")
-            assert self.place.has_ended(self.lines.pop(own))
+        own = {line: self.lines.pop(line) for line in self.model.lines_of(name)}
+        for line, client in own.items():
+            self.model.end(line, "server disconnect")
+            assert self.place.has_ended(client)
 
     @precondition(lambda self: self.lines)
     @rule(line=LINE, room=ROOM, last_id=LAST_ID)
