@@ -326,7 +326,7 @@ def message_field(data):
     shown = [c for c in message if unicodedata.category(c) not in INVISIBLE and c not in BLANKS]
     require(
         shown and len(message) <= 500,
-        "A message has 1 to 500 characters, and at least one that shows.",
+        "A message has 1 to 500 characters.",
     )
     return message
 

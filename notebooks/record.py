@@ -20,7 +20,6 @@ EVENTS = {"join": "join", "leave": "leave", "chat": "chat", "heard": "chat", "me
 PATIENCE = 3  # seconds without news, after which one stops waiting for more
 LIMIT = 90  # seconds for everything
 
-Payload.max_decode_packets = 1000  # else a client hangs up when a poll brings more than 16
 Moment = namedtuple("Moment", "second who what about")  # those about the same belong together
 
 
@@ -30,6 +29,7 @@ class Client(socketio.Client):
     def __init__(self, record, name, session, port=None, heard=None, auth=None, **headers):
         options = {"reconnection": False, "handle_sigint": False, "request_timeout": 10}
         own = {"suppress_origin": True}  # the library adds one, even if there is one in `headers`
+        Payload.max_decode_packets = 1000  # else it hangs up when a poll brings more than 16
         super().__init__(http_session=session, websocket_extra_options=own, **options)
         self.record, self.name, self.session = record, name, session
         self.open = None  # whether the chat has let it in: not known yet
