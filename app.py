@@ -197,9 +197,9 @@ def expel(data):
     """The owner of a room expels a user, who hears it as well. The room hears `leave`."""
     owner, room, guest = my_guest(data)
     state.expel(owner, room, guest)
-    socketio.emit("expel", {"room": room, "by": owner}, to=f"user:{guest}")
     for sid in state.connections(guest, room):
         remove_from_room(sid, room, "expelled")
+    socketio.emit("expel", {"room": room, "by": owner}, to=f"user:{guest}")
     return {"ok": True}
 
 

@@ -4567,7 +4567,7 @@ def test_the_wave_of_the_readme_leaves_one_browser_and_is_seen_in_the_other(
     )
     assert ack == {"ok": True}
     expect(luis.locator("#wire")).to_contain_text('["wave",{"room":"python","username":"ana"}]')
-    expect(ana.locator("#source-wave")).to_contain_text("def wave(data)")
+    expect(ana.locator("[data-event=wave] code")).to_contain_text("def wave(data)")
 
 
 def test_uv_installs_the_versions_that_requirements_has():

@@ -17,7 +17,7 @@ from socketio.exceptions import SocketIOError
 
 NAMES = "ana", "luis", "eva"
 EVENTS = {"join": "join", "leave": "leave", "chat": "chat", "heard": "chat", "message": "message"}
-PATIENCE = 3  # seconds without news, after which one stops waiting for more
+PATIENCE = 8  # seconds without news, after which one stops waiting for more
 LIMIT = 90  # seconds for everything
 
 Moment = namedtuple("Moment", "second who what about")  # those about the same belong together
