@@ -1085,7 +1085,7 @@ def check_connection(environ):
         opened_by = socketio.server.environ.get(eio_sid, {}).get("REMOTE_USER")
         own = opened_by == current_user.token
         require(own, "This connection is not yours or has ended.", 403)
-        environ["body"] = request.get_data(as_text=True)  # refused if over MAX_CONTENT_LENGTH
+        environ["body"] = request.get_data(as_text=True)
 
 
 behind_the_door = app.wsgi_app  # Flask, and Socket.IO in front of it

@@ -4535,10 +4535,7 @@ def python_in_the_readme(start):
 
 def test_the_smallest_chat_of_the_readme_runs_and_keeps_its_rooms_apart(fresh, tmp_path):
     (tmp_path / "chat.py").write_text(python_in_the_readme("from flask "))
-    with socket.create_server((ME, 0)) as free:
-        port = str(free.getsockname()[1])
-    command = ["-m", "flask", "--app", tmp_path / "chat.py", "run"]
-    server = fresh(*command, PORT=port, FLASK_RUN_PORT=port)
+    server = fresh("-m", "flask", "--app", tmp_path / "chat.py", "run")
     people = [socketio.SimpleClient(reconnection=False) for _ in range(3)]
     for client, room in zip(people, ("python", "python", "flask"), strict=True):
         client.connect(server.url)
