@@ -1179,9 +1179,10 @@ def start():
         password = os.environ.get("LECTURER_PASSWORD") or secrets.token_urlsafe(6)
         log.put("Other devices can reach this server: no demo accounts, everyone registers.")
         log.put(f"You are {TEACHER}, password {password}; the room staff is yours.")
+    password_hash = generate_password_hash(password)
     for name in accounts:
         with suppress(Refused):  # another State may keep accounts over a restart
-            state.register(name, generate_password_hash(password))
+            state.register(name, password_hash)
 
 
 def addresses():

@@ -1,6 +1,11 @@
 """The two speeds of the tests: in one process what needs no server, beside others all the rest."""
 
+import sys
+
 import pytest
+
+# nbformat's dependency builds its parsers when it is imported, for seconds, and nobody needs them.
+sys.modules["rfc3987_syntax"] = None
 
 STARTERS = {"started", "server", "fresh", "full", "classroom", "browser", "chromium", "execute"}
 STARTERS |= {"pair", "processes"}

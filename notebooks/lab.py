@@ -61,7 +61,7 @@ class Server:
         out["start_new_session"] = True
         self.process = subprocess.Popen([sys.executable, *self.command], **own, **out)
         # The guard's input ends when this program does, even by a crash: then it kills the server.
-        guard = [sys.executable, "-c", GUARD, str(self.process.pid)]
+        guard = [sys.executable, "-IS", "-c", GUARD, str(self.process.pid)]
         own = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
         self.guard = subprocess.Popen(guard, **own)
         self.log = []
