@@ -8,7 +8,7 @@ import pytest
 sys.modules["rfc3987_syntax"] = None
 
 STARTERS = {"started", "server", "fresh", "full", "classroom", "browser", "chromium", "execute"}
-STARTERS |= {"pair", "processes"}
+STARTERS |= {"arena", "pair", "processes"}
 
 
 @pytest.hookimpl(tryfirst=True)
