@@ -1464,7 +1464,7 @@ def test_who_reads_slowly_gets_all_of_the_history_and_holds_up_nobody(full):
         acks = [wire.ask("chat", room="python", message=f"{n} meanwhile") for n in range(4)]
         assert all(ack["ok"] for ack in acks)
     while slow.take() and "meanwhile" not in "".join(slow.inbox[-9:]):
-        time.sleep(0.15)  # in all for longer than the server waits for a silent client
+        time.sleep(0.1)  # in all for longer than the server waits for a silent client
     heard = chats(slow.inbox)
     assert len(heard) >= 1000 and heard[:500] == heard[500:1000]
     assert (heard + slow.hear(1008 - len(heard)))[-500:] == log_of(full)
@@ -4311,7 +4311,8 @@ def test_app_passes_all_levels_of_the_judge():
 
 @pytest.mark.live
 @pytest.mark.parametrize("accident", ["time.sleep(1000)", "os._exit(1)"])
-def test_a_chat_that_hangs_or_ends_is_judged_and_nothing_stays_behind(chat, accident):
+def test_a_chat_that_hangs_or_ends_is_judged_and_nothing_stays_behind(chat, accident, monkeypatch):
+    monkeypatch.setattr(record, "PATIENCE", (1, 2))
     threads = set(threading.enumerate())
     thirtieth = f"        if sent[key] % 30 == 0:\n            {accident}\n"
     assert judge.judge(chat(EMIT, EMIT + thirtieth), level=1).holds == 0

@@ -17,7 +17,7 @@ from socketio.exceptions import SocketIOError
 
 NAMES = "ana", "luis", "eva"
 EVENTS = {"join": "join", "leave": "leave", "chat": "chat", "heard": "chat", "message": "message"}
-PATIENCE = 8  # seconds without news, after which one stops waiting for more
+PATIENCE = 3, 10  # seconds without news, at least and at most, before one stops waiting for more
 LIMIT = 90  # seconds for everything
 
 Moment = namedtuple("Moment", "second who what about")  # those about the same belong together
@@ -83,7 +83,7 @@ class Client(socketio.Client):
     def take(self, about, *ack):
         answer = ack[0] if ack and isinstance(ack[0], dict) else {"ok": ack}
         if pause := answer.get("retry_after"):  # told to slow down
-            time.sleep(min(pause, PATIENCE))
+            time.sleep(min(pause, PATIENCE[0]))
             self.ask(*json.loads(about))
         elif not self.deaf:
             self.acks[about] = answer
@@ -115,7 +115,7 @@ class Record:
     def __init__(self, port, events=()):
         self.port, self.events, self.sessions = port, EVENTS | dict(events), {}
         self.news, self.numbers, self.end = Condition(), count(1), time.monotonic() + LIMIT
-        self.clients = []
+        self.clients, self.slowest = [], 0  # seconds that news took at most
         self.begin()
 
     def begin(self):
@@ -123,6 +123,7 @@ class Record:
         for client in self.clients:
             client.close()
         self.clients, self.history, self.said, self.members = [], [], {}, defaultdict(set)
+        self.asked = []  # (client, event): what was said, and should be answered
 
     def url(self, port=None):
         return f"http://{lab.ME}:{port or self.port}"
@@ -133,13 +134,16 @@ class Record:
             self.news.notify_all()
 
     def wait(self, condition):
-        """Wait until it holds, or until nothing has happened for some seconds."""
+        """Wait until it holds, or until nothing has happened for long, as things go here."""
         with self.news:
             while not condition():
-                if time.monotonic() > self.end:
+                began = time.monotonic()
+                if began > self.end:
                     raise TimeoutError(f"It is not done after {LIMIT} seconds.")
-                if not self.news.wait(PATIENCE):
+                least, most = PATIENCE
+                if not self.news.wait(min(least + 20 * self.slowest, most)):
                     return condition()
+                self.slowest = max(self.slowest, time.monotonic() - began)
             return True
 
     def sign_in(self, name, password="demo"):
@@ -172,15 +176,21 @@ class Record:
         self.said[text] = {*members} if client.name in members else set()
         self.note(client.name, f'says "{text}" in {room}', text)
         data = {"room": room, self.events["message"]: text, "key": text} | more
-        return text, client.ask("chat", data if self.events["message"] else text)
+        about = client.ask("chat", data if self.events["message"] else text)
+        self.asked.append((client, about))
+        return text, about
 
     def speak(self, people, rounds):
         """All speak at once, but at most 16 messages: some servers lose those of a larger POST."""
         for _ in range(rounds):
             for one in people * 5:
                 self.say(one)
-            if not self.wait(lambda: not self.lost(people)):
+            if not self.wait(lambda: self.is_done(people)):
                 break
+
+    def is_done(self, people):
+        """Whether all is heard or, where something is lost, at least each event is answered."""
+        return not self.lost(people) or all(one.answered(about) for one, about in self.asked)
 
     def lost(self, people):
         """Who has not heard what."""
@@ -193,12 +203,16 @@ class Record:
         ]
 
     def settle(self, people, until=lambda: True):
-        """Wait until all is heard, and until what each of them says after that is heard by all."""
-        self.wait(lambda: until() and not self.lost(people))
-        for _ in range(3):  # what they say after that may be lost, too
-            last = {self.say(one)[0] for one in people}
-            if self.wait(lambda last=last: all(last <= one.heard.keys() for one in people)):
-                return
+        """Wait until nothing more can come: each of them has heard one of three later messages."""
+        if not self.wait(lambda: until() and self.is_done(people)):
+            return
+        later = [self.say(one)[0] for one in people]
+        self.wait(lambda: all(one.heard.keys() & later or not one.open for one in people))
+        with self.news:  # they have served, whether all are heard or not
+            for text in later:
+                del self.said[text]
+                for client in self.clients:
+                    client.heard.pop(text, None)
 
 
 def come_back(client, relay, ready=lambda: True, again=False):
