@@ -1576,6 +1576,7 @@ def test_who_sends_and_never_reads_is_closed_and_costs_little(full, transport, e
     client, before = transport(full, register(full, name)), full.usage.memory_info().rss
     if transport is Wire:
         client.enter().tcp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full
+        client.tcp.settimeout(2)  # seconds until it gives up sending, too
     with suppress(OSError):  # what requests raises is one, too
         while not full.said(f"disconnected: {name}"):
             client.send(*packets)
