@@ -122,6 +122,15 @@ def comings_and_goings(server):
     return [line.partition(" (")[0] for line in log]
 
 
+def who_is_there(server):
+    """How many connections each user has, by the server's log."""
+    there = Counter()
+    for line in server.said("connected: "):
+        what, name, *_ = line.split()
+        there[name] += 1 if what == "connected:" else -1
+    return there
+
+
 @contextmanager
 def started(*command, **settings):
     """A program of its own, `python app.py` by default; whatever happened, it says no word more."""
@@ -270,7 +279,7 @@ class Polls:
         packets = []
         while not any(packet.startswith(start) for packet in packets):
             packets += self.get()
-            assert packets.count("2") < 4, packets[:9] + packets[-9:]
+            assert packets[-4:] != ["2"] * 4, packets[-9:]
             if packets[-1] == "2":
                 self.send("3")
         return packets
@@ -1623,20 +1632,16 @@ def test_the_silent_the_hasty_and_the_rude_leave_no_thread_and_no_descriptor(cha
 
 
 FORGETFUL = """
-import app
-
 app.PATIENCE = app.PING_EVERY = 3
 
 @app.socketio.on("count")
 def count(data):
     return {"ok": True, "connections": len(app.engine.sockets)}
-
-app.main()
 """
 
 
-def test_a_handshake_that_fails_is_forgotten(fresh):
-    server = fresh("-c", FORGETFUL, PYTHONPATH=str(HERE))
+def test_a_handshake_that_fails_is_forgotten(changed):
+    server = changed(after=FORGETFUL)
     ana = sign_in(server.url, "ana")
     wire = Wire(server, ana).enter()
     half = {"Upgrade": "websocket", "Connection": "Upgrade"}  # without a key
@@ -1822,7 +1827,7 @@ def test_who_joins_and_leaves_without_end_is_heard_in_measure(server):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a second address: 127.0.0.2")
-def test_twenty_logins_at_a_time_from_one_address_do_not_hold_up_another(fresh):
+def test_ten_logins_at_a_time_from_one_address_do_not_hold_up_another(fresh):
     server, answered = fresh(), []
 
     def log_in(address, name):
@@ -1834,13 +1839,13 @@ def test_twenty_logins_at_a_time_from_one_address_do_not_hold_up_another(fresh):
             assert tcp.recv(100)
         answered.append(name)
 
-    names = [f"n{number}" for number in range(20)]
+    names = [f"n{number}" for number in range(10)]
     crowd = [threading.Thread(target=log_in, args=["127.0.0.2", name]) for name in names]
     for thread in crowd:
         thread.start()
     until(lambda: answered)
     log_in("127.0.0.1", "ana")
-    assert answered.index("ana") < 12
+    assert answered.index("ana") < 6
     for thread in crowd:
         thread.join()
 
@@ -1871,6 +1876,7 @@ def test_a_message_without_an_end_ends_its_connection_before_it_fills_memory(ser
 def siege(server, connect):
     """A server that luis attacks; afterwards nobody else has noticed, the log tells no error."""
     ana, eva = connect(server, "ana"), connect(server, "eva", transports=["polling"])
+    until(lambda: all(who_is_there(server)[name] == 1 for name in ("ana", "eva")))
     ana.call("join", {"room": "staff", "last_id": 10**15})
     eva.call("join", {"room": "room3"})
     server.attacker, server.victims = sign_in(server.url, "luis"), (ana, eva)
@@ -2476,14 +2482,12 @@ def test_a_guest_who_stays_inside_after_an_expulsion_is_found(modest, monkeypatc
 
 def test_hundreds_of_steps_over_the_network_are_heard_by_whom_they_should(changed, tmp_path):
     set_hypothesis_home_dir(tmp_path)
-    size = {"max_examples": 4, "stateful_step_count": 50}  # few enough: nobody is told to slow down
+    size = {"max_examples": 3, "stateful_step_count": 50}  # few enough: nobody is told to slow down
     try_everything(Outdoors(changed(after=QUICK_TO_HASH)), phases=[Phase.generate], **size)
 
 
 SLOW = """
 import time
-import app
-
 app.PING_EVERY, app.PATIENCE = 0.2, 0.5
 upgrades = app.engine._upgrades
 app.engine._upgrades = lambda *connection: time.sleep(0.5) or upgrades(*connection)
@@ -2493,20 +2497,18 @@ app.engine._upgrades = lambda *connection: time.sleep(0.5) or upgrades(*connecti
 def slow_join(data):
     time.sleep(0.05)
     return app.join(data)
-
-app.main()
 """
 
 
-def test_no_ping_comes_before_the_first_packet(fresh):
-    server = fresh("-c", SLOW)
+def test_no_ping_comes_before_the_first_packet(changed):
+    server = changed(after=SLOW + QUICK_TO_HASH)
     ana = sign_in(server.url, "ana")
     assert Wire(server, ana).read().startswith("0{")
     assert Polls(server, ana, connect=False).sid
 
 
-def test_nobody_stays_in_a_room_whose_connection_ends_while_they_join(fresh):
-    server, lines, names = fresh("-c", SLOW), [], [f"user{n}" for n in range(8)]
+def test_nobody_stays_in_a_room_whose_connection_ends_while_they_join(changed):
+    server, lines, names = changed(after=SLOW + QUICK_TO_HASH), [], [f"user{n}" for n in range(6)]
     joins = [f'42["{event}",{{"room":"python"}}]' for event in ("slow join", "join")]
 
     def visit(session, number, delay):
@@ -2530,7 +2532,7 @@ def test_nobody_stays_in_a_room_whose_connection_ends_while_they_join(fresh):
             session.post(f"{server.url}/logout")
         for thread in visits:
             thread.join()
-    until(lambda: len(server.said("connected: ")) == 2 * len(server.said("disconnected: ")) > 100)
+    until(lambda: len(server.said("connected: ")) == 2 * len(server.said("disconnected: ")) > 80)
     eva = sign_in(server.url, "eva")
 
     def members():
@@ -3378,7 +3380,7 @@ def test_a_crowd_comes_and_goes_in_two_lines(changed, browser):
 
 
 def test_only_the_last_five_hundred_lines_are_kept(full, browser):
-    page = ready(browser(full, "ana", ROOM))
+    page = ready(browser(full, "ana", "/room?room=a"))
     expect(conversation(page).locator("li")).to_have_count(500)
     send(page, "The last one")
     wait_until_said(page, "The last one")
@@ -3630,9 +3632,10 @@ def test_pings_can_be_hidden(server, browser):
 
 
 def test_the_wire_keeps_two_hundred_packets(server, browser):
-    page, texts = browser(server, "ana", ROOM), [f"packet {number}" for number in range(70)]
-    send_at_once(page, texts)
-    wait_until_said(page, *texts)  # three packets each: event, ack, event
+    page = ready(browser(server, "ana", "/room"))
+    page.evaluate("for (let n = 1; n <= 150; n++) socket.emit('nope', { n }, () => {})")
+    expect(wire_of(page).locator("li", has_text="answers nope")).not_to_have_count(0)
+    expect(wire_of(page)).to_contain_text('{"n":150}')
     expect(wire_of(page).locator("li")).to_have_count(200)
 
 
@@ -3689,23 +3692,22 @@ def test_ten_lines_of_source_and_six_packets_are_in_sight_and_large_enough(serve
     assert size >= 0.024 * 720
 
 
-WAVE = '''
-@socketio.on("wave")
-def wave(data):
-    """A member waves. The room hears it."""
-    room = my_room(data)
-    socketio.emit("wave", {"room": room, "username": current_user.name}, to=channel(room))
-    socketio.emit("tick", to=channel(room))
-    socketio.emit("tick", 7, to=channel(room))
-    return {"ok": True}
+TICK = '''
+@socketio.on("tick")
+def tick(data):
+    """A client asks for ticks. Everyone hears two, of which one carries nothing."""
+    socketio.emit("tick")
+    socketio.emit("tick", 7)
 
 
-@socketio.on("*")'''
+'''
 
 
 def test_an_event_that_a_student_adds_works_from_the_browsers_console(fresh, browser, tmp_path):
     shutil.copytree(HERE / "templates", tmp_path / "templates")
-    text = (HERE / "app.py").read_text("utf-8").replace('\n@socketio.on("*")', WAVE)
+    below_typing, wave = '@socketio.on("invite")\n', python_in_the_readme('@socketio.on("wave")')
+    text = (HERE / "app.py").read_text("utf-8")
+    text = text.replace(below_typing, f"{wave}\n{TICK}{below_typing}")
     (tmp_path / "app.py").write_text(text, "utf-8")
     server, errors = fresh(str(tmp_path / "app.py")), []
     ana, luis = (ready(browser(server, name, ROOM)) for name in ("ana", "luis"))
@@ -3714,10 +3716,12 @@ def test_an_event_that_a_student_adds_works_from_the_browsers_console(fresh, bro
     expect(members_of(ana)).to_contain_text("luis")
     ack = "new Promise(done => socket.emit('wave', {room: 'python'}, (error, ack) => done(ack)))"
     assert ana.evaluate(ack) == {"ok": True}
+    ana.evaluate("() => { socket.emit('tick', {}); }")
     wave = '42["wave",{"room":"python","username":"ana"}]'
     for page in (ana, luis):
         for packet in (wave, '42["tick"]', '42["tick",7]'):
             expect(wire_of(page)).to_contain_text(packet)
+    expect(ana.locator("[data-event=wave] code")).to_contain_text("def wave(data)")
     send(luis, "Still here")
     wait_until_said(ana, "Still here")
     assert errors == []
@@ -3772,8 +3776,8 @@ def test_the_buttons_that_break_in_show_their_own_answers_and_expel_nobody(serve
 
 def test_the_log_keeps_its_place_and_says_that_there_is_something_new(two):
     ana, luis = two
-    send_at_once(luis, [f"line {number}" for number in range(40)])
-    wait_until_said(ana, "line 39")
+    send_at_once(luis, [f"line {number}" for number in range(25)])
+    wait_until_said(ana, "line 24")
     line = conversation(ana).get_by_text("line 9", exact=True).last
     newer = ana.get_by_role("button", name="New messages")
     line.scroll_into_view_if_needed()
@@ -3922,7 +3926,7 @@ def test_opening_a_room_with_a_long_history_lays_the_page_out_a_few_times(full, 
     page = browser(full, "ana", "/room")
     meter = page.context.new_cdp_session(page)
     meter.send("Performance.enable")
-    page.goto(full.url + ROOM)
+    page.goto(f"{full.url}/room?room=a")
     expect(conversation(page).locator("[data-id]").nth(450)).to_be_attached()
     figures = meter.send("Performance.getMetrics")["metrics"]
     layouts = {figure["name"]: figure["value"] for figure in figures}["LayoutCount"]
@@ -4324,7 +4328,7 @@ def test_a_chat_that_hangs_or_ends_is_judged_and_nothing_stays_behind(chat, acci
 
 
 @pytest.mark.live
-def test_the_judge_says_with_its_exit_status_what_it_found(tmp_path):
+def test_the_judge_says_with_its_exit_status_what_it_found(arena, tmp_path):
     def run(*arguments):
         command = [sys.executable, HERE / "notebooks/judge.py", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
@@ -4332,9 +4336,11 @@ def test_the_judge_says_with_its_exit_status_what_it_found(tmp_path):
 
     (tmp_path / "chat.py").write_text(python_in_the_readme("from flask "))
     (tmp_path / "broken.py").write_text("1 / 0")
-    assert run("chat.py", "--level", "1") == (0, "level 1 heard: holds (0 lost, 0 doubled)\n")
+    holds = "level 1 heard: holds (0 lost, 0 doubled)\n"
+    assert run("--url", arena.url, "--level", "1") == (0, holds)
     status, text = run("chat.py")
-    assert status == 1 and re.search(r'(?s)level 2 rooms: fails .*hears "eva \d+"', text)
+    assert status == 1 and text.startswith(holds)
+    assert re.search(r'(?s)level 2 rooms: fails .*hears "eva \d+"', text)
     status, text = run("broken.py")
     assert status == 2 and "ZeroDivisionError" in text
     assert run("--url", f"http://{ME}:9")[0] == 2
@@ -4580,27 +4586,6 @@ def test_the_smallest_chat_of_the_readme_runs_and_keeps_its_rooms_apart(fresh, t
     for client, message in zip(people, ("Hello", "Hello", "Alone here"), strict=True):
         event, said = client.receive(timeout=20)
         assert (event, said["message"]) == ("chat", message)
-
-
-def test_the_wave_of_the_readme_leaves_one_browser_and_is_seen_in_the_other(
-    fresh, browser, tmp_path
-):
-    shutil.copytree(HERE / "templates", tmp_path / "templates")
-    wave, source = (
-        python_in_the_readme('@socketio.on("wave")'),
-        (HERE / "app.py").read_text("utf-8"),
-    )
-    place = '@socketio.on("invite")\n'  # below `typing`
-    (tmp_path / "app.py").write_text(source.replace(place, f"{wave}\n\n{place}"), "utf-8")
-    server = fresh(tmp_path / "app.py")
-    ana, luis = (browser(server, name, "/room?room=python") for name in ("ana", "luis"))
-    expect(ana.get_by_role("img", name="Who hears: ana, luis")).to_be_visible()
-    ack = ana.evaluate(
-        'new Promise((say) => socket.emit("wave", {room: "python"}, (_, ok) => say(ok)))'
-    )
-    assert ack == {"ok": True}
-    expect(luis.locator("#wire")).to_contain_text('["wave",{"room":"python","username":"ana"}]')
-    expect(ana.locator("[data-event=wave] code")).to_contain_text("def wave(data)")
 
 
 def test_uv_installs_the_versions_that_requirements_has():

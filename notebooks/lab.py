@@ -231,11 +231,11 @@ class Wire:
         return self.inbox.pop(0)
 
     def until(self, start):
-        """Read up to the packet that begins so; what has not come four pings later never will."""
+        """Read up to the packet that begins so; after four pings in a row it never will come."""
         packets = []
         while not (packets and packets[-1].startswith(start)):
             packets.append(self.read())
-            assert packets[-1] is not None and packets.count("2") < 4, packets[:9] + packets[-9:]
+            assert packets[-1] is not None and packets[-4:] != ["2"] * 4, packets[-9:]
             if packets[-1] == "2":
                 self.send("3")
         return packets
