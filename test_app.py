@@ -369,7 +369,8 @@ def test_an_old_python_and_one_without_packages_get_one_line_that_helps():
 
 # 3. State: the rules ------------------------------------------------------------------------------
 
-DEMO = program.generate_password_hash("demo", "pbkdf2:sha256:1")  # quick to check
+hash_quickly = partial(program.generate_password_hash, method="pbkdf2:sha256:1")
+DEMO = hash_quickly("demo")
 
 
 @pytest.fixture
@@ -377,6 +378,8 @@ def state(monkeypatch):
     """A state of the test's own: ana, luis and eva have accounts, nobody is there or has spoken."""
     program.failed_logins.storage.reset()
     monkeypatch.setattr(program, "state", program.State())
+    monkeypatch.setattr(program, "generate_password_hash", hash_quickly)
+    monkeypatch.setattr(program, "DUMMY_HASH", hash_quickly("nobody knows it"))
     for name in ("ana", "luis", "eva"):
         program.state.register(name, DEMO)
     return program.state
@@ -2689,6 +2692,7 @@ def test_people_can_talk_however_the_program_is_started(fresh, command):
     assert talks(server) and not server.said("Traceback")
 
 
+@pytest.mark.live
 def test_ctrl_c_while_the_first_accounts_are_made_is_quiet():
     with subprocess.Popen(
         [sys.executable, "app.py"],
@@ -4132,6 +4136,7 @@ def processes(tmp_path):
         yield both
 
 
+@pytest.mark.live
 def test_without_redis_a_shared_server_says_so_in_one_line_and_ends():
     settings = os.environ | {"REDIS_URL": f"redis://{ME}:1"}
     run = subprocess.run([sys.executable, SHARED], env=settings, capture_output=True, text=True)
