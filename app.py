@@ -113,7 +113,7 @@ def connect(auth=None):
     require(current_user.is_authenticated, "Sign in first.")
     name = current_user.name
     shown = auth.get("username", name) if isinstance(auth, dict) else name
-    require(shown == name, f"You are now signed in as {name}. Reload the page.")
+    require(shown == name, f"You are now signed in as {name}.")
     request.environ.pop("HTTP_COOKIE", None)  # else it is decoded again for each event
     state.add(request.sid, name)
     join_room(f"user:{name}")  # a private channel for all connections of this user

@@ -115,7 +115,7 @@ LOG_LINE = re.compile(
 
 
 def comings_and_goings(server):
-    """The log after the welcome: who comes and goes, and what was no good request."""
+    """The log after the welcome: who connected and disconnected, and bad requests."""
     until(lambda: server.said("Ctrl+C"))
     log = server.log[server.log.index("Stop with Ctrl+C.") + 1 :]
     assert [line for line in log if not LOG_LINE.fullmatch(line)] == []
@@ -315,7 +315,7 @@ def crowd(server, size):
 
 
 def log_of(server):
-    """All messages of python, as one hears them who joins now."""
+    """All messages of python, as a client that joins now hears them."""
     wire = Wire(server, sign_in(server.url, "eva")).enter("python")
     return chats(wire.heard)
 
@@ -360,7 +360,7 @@ def test_a_space_after_the_port_is_ignored(changed):
     assert page.status_code == 200  # with a space in its name the cookie does not come back
 
 
-def test_an_old_python_and_one_without_packages_get_one_line_that_helps():
+def test_an_old_python_and_one_without_packages_get_one_line_of_help():
     ast.parse((HERE / "app.py").read_text("utf-8"), feature_version=(3, 8))  # it can be read
     run = subprocess.run([sys.executable, "-S", "app.py"], cwd=HERE, text=True, capture_output=True)
     assert run.returncode and "pip install -r requirements.txt" in run.stderr
@@ -375,7 +375,7 @@ DEMO = hash_quickly("demo")
 
 @pytest.fixture
 def state(monkeypatch):
-    """A state of the test's own: ana, luis and eva have accounts, nobody is there or has spoken."""
+    """A state of the test's own: ana, luis and eva have accounts; nobody is there or has spoken."""
     program.failed_logins.storage.reset()
     monkeypatch.setattr(program, "state", program.State())
     monkeypatch.setattr(program, "generate_password_hash", hash_quickly)
@@ -387,13 +387,13 @@ def state(monkeypatch):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Whoever has said sixty messages has said them all, however slow this machine is."""
+    """After sixty messages a user may send no more, however slow this machine is."""
     monkeypatch.setattr(program, "RATE", 1e-6)
 
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Everybody may say as much as he likes."""
+    """Everybody may say as much as they like."""
     monkeypatch.setattr(program, "RATE", 1e12)
 
 
@@ -468,7 +468,7 @@ def test_a_room_lets_in_everybody_or_its_owner_and_guests(state, name, room, may
         refused(state.check_entry, name, room)
 
 
-def test_a_guest_may_enter_until_the_owner_expels_him(state):
+def test_a_guest_may_enter_until_the_owner_expels_them(state):
     refused(state.check_entry, "luis", "room1"), refused(state.check_entry, "ana", "attic")
     assert state.guest("ana", "room1", " Luis ") == "luis"  # as registered
     state.invite("ana", "room1", "Luis")
@@ -513,7 +513,7 @@ def test_the_last_500_messages_are_kept_and_a_gap_is_told(state, hasty):
         assert bool(told) is gap
 
 
-def test_a_user_has_keys_of_his_own_and_the_last_500_are_remembered(state, hasty):
+def test_each_user_has_keys_of_their_own_and_the_last_500_are_remembered(state, hasty):
     ana, luis = state.user("ana"), state.user("luis")
     ids = [state.say(ana, {"message": "hi", "key": f"{n}"})[0] for n in range(501)]
     assert state.say(ana, {"message": "hi", "key": "1"}) == (ids[1], None)
@@ -594,7 +594,7 @@ def test_a_wrong_password_opens_nothing_even_if_it_is_one_too_many_to_count(web,
     assert web().post("/login", data=form(password="wrong")).status_code == 401
 
 
-def test_of_sixty_wrong_passwords_at_once_ten_are_looked_at_and_none_opens(server):
+def test_of_sixty_wrong_passwords_at_once_only_ten_are_checked_and_none_opens(server):
     name, statuses = f"safe{os.urandom(4).hex()}", []
     register(server, name)
 
@@ -613,7 +613,7 @@ def test_of_sixty_wrong_passwords_at_once_ten_are_looked_at_and_none_opens(serve
 
 
 @pytest.mark.parametrize("name", ["a", "A-b_9", "x" * 20])
-def test_who_registers_is_signed_in_and_may_come_back(web, name):
+def test_a_new_user_is_signed_in_and_can_sign_in_again(web, name):
     visitor, elsewhere, data = web(), web(), form(name, "8 is ok!", next="//evil.example")
     assert visitor.post("/register", data=data).location == "/"
     assert visitor.get("/").status_code == 200
@@ -644,7 +644,7 @@ def test_log_out_is_by_post_only_and_may_be_pressed_twice(web):
     assert ana.get(ana.post(again, data=form()).location).status_code == 200
 
 
-def test_log_out_closes_all_devices_and_copied_cookies_but_nobody_elses(web):
+def test_log_out_ends_all_sessions_and_copied_cookies_of_that_user_alone(web):
     laptop, phone, thief, luis = web("ana"), web("ana"), web(), web("luis")
     cookie = laptop.get_cookie(f"session-{program.PORT}").value
     laptop.post("/logout")
@@ -741,7 +741,7 @@ def test_a_form_of_another_site_is_refused(web, state, headers, passes):
     assert (len(state.users), len(state.history[None])) == ((4, 1) if passes else (3, 0))
 
 
-def test_who_polls_hears_what_is_newer_and_only_of_the_open_channel(web, state):
+def test_a_poller_hears_newer_messages_and_only_of_the_open_channel(web, state):
     ana, luis, start = web("ana"), web("luis"), state.newest()
     state.add("c1", "ana", "python")
     state.say(state.user("ana"), {"message": "in a room", "room": "python"}, "c1")
@@ -890,7 +890,9 @@ WELCOMES = [
 
 
 @pytest.mark.parametrize("name, auth, welcome", WELCOMES)
-def test_only_who_is_signed_in_connects_and_only_as_himself(state, online, name, auth, welcome):
+def test_only_a_signed_in_user_connects_and_only_under_their_own_name(
+    state, online, name, auth, welcome
+):
     luis, visitor = online("luis"), online(name, auth=auth)
     luis.ask("chat", message="hi")
     assert visitor.is_connected() is welcome and len(visitor.queue) == welcome
@@ -1014,7 +1016,7 @@ def test_an_invitation_may_be_withdrawn_before_it_is_used(online):
     assert refusal(luis.ask("join", room="room1")) and ana.heard() == []
 
 
-def test_who_joins_hears_what_was_said_alone_and_in_order(online):
+def test_a_joiner_alone_hears_the_history_in_order(online):
     ana, eva = online("ana", "python"), online("eva", "python")
     ids = [ana.ask("chat", room="python", message=text)["id"] for text in ("one", "two", "three")]
     ana.ask("chat", message="to all")
@@ -1025,7 +1027,7 @@ def test_who_joins_hears_what_was_said_alone_and_in_order(online):
     assert event == "join" and eva.heard() == [("join", joined)]
 
 
-def test_who_comes_back_hears_only_what_is_new_and_announces_nothing_twice(online):
+def test_a_returning_client_hears_only_what_is_new_and_announces_nothing_twice(online):
     ana, luis, eva = online("ana", "python"), online("luis"), online("eva", "python")
     ids = [ana.ask("chat", room="python", message=text)["id"] for text in ("one", "two", "three")]
     unknown = before_a_restart, ahead = 1, 10**90
@@ -1132,7 +1134,7 @@ def test_a_field_that_is_missing_or_wrong_is_refused(refuses, event, field, valu
 
 
 @pytest.mark.parametrize("name, event, fields", FORBIDDEN)
-def test_what_somebody_may_not_do_is_refused(refuses, name, event, fields):
+def test_a_forbidden_action_is_refused(refuses, name, event, fields):
     refuses(name, event, fields)
 
 
@@ -1159,7 +1161,7 @@ TRANSPORTS = pytest.mark.parametrize(
 
 
 @TRANSPORTS
-def test_people_in_a_room_hear_each_other_and_nobody_else_does(server, connect, transports):
+def test_members_of_a_room_hear_each_other_and_nobody_else_does(server, connect, transports):
     names = ("ana", "luis", "eva")
     ana, luis, eva = people = [connect(server, name, transports=transports) for name in names]
     for client, room in zip(people, ("python", "python", "flask"), strict=True):
@@ -1198,7 +1200,7 @@ def test_a_history_longer_than_a_client_takes_in_one_poll_is_heard_whole(
     assert [said["id"] for said in luis.chats()] == ids
 
 
-def test_all_hear_one_order_in_which_ids_rise_and_nobody_overtakes_himself(arena, connect):
+def test_everyone_hears_the_same_order_in_which_ids_rise(arena, connect):
     ways = {"ana": ["websocket"], "luis": ["polling"], "eva": ["websocket"]}
     talkers = [connect(arena, name, transports=transports) for name, transports in ways.items()]
     for n in range(15):
@@ -1298,7 +1300,7 @@ GOODBYES = {
 
 
 @pytest.mark.parametrize("goodbye", GOODBYES.values(), ids=GOODBYES)
-def test_last_words_are_heard_though_the_line_is_closed(arena, goodbye):
+def test_last_words_are_heard_though_the_connection_is_closed(arena, goodbye):
     eva, speaker = Wire(arena, sign_in(arena.url, "eva")).enter("python"), crowd(arena, 1)[0]
     speaker.tcp.sendall(b"".join(frame(packet.encode()) for packet in burst(20)) + goodbye)
     speaker.tcp.close()
@@ -1467,7 +1469,7 @@ def test_an_upgrade_that_begins_wrongly_leaves_the_connection_on_polling(server)
     assert polls.ask("join", room="python")["ok"]
 
 
-def test_who_reads_slowly_gets_all_of_the_history_and_holds_up_nobody(full):
+def test_a_slow_reader_gets_the_whole_history_and_holds_up_nobody(full):
     slow, (ana, eva) = Wire(full, sign_in(full.url, "luis")).enter(), crowd(full, 2)
     join, typing = (f'42["{event}",{{"room":"python"}}]' for event in ("join", "typing"))
     slow.send(join, join, typing)  # more is heard of that than fits into the line
@@ -1544,7 +1546,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("kind", FLOODS)
-def test_one_who_sends_without_a_pause_holds_up_nobody(server, kind):
+def test_a_client_that_sends_without_a_pause_holds_up_nobody(server, kind):
     luis, eva = sign_in(server.url, "luis"), Wire(server, sign_in(server.url, "eva"))
     over, rounds = threading.Event(), []
 
@@ -1583,7 +1585,9 @@ def remote_ports(server):
 
 @pytest.mark.parametrize("transport", [Wire, Polls])
 @pytest.mark.parametrize("event, bytes", [("join", 25e6), ("typing", 10e6)])
-def test_who_sends_and_never_reads_is_closed_and_costs_little(full, transport, event, bytes):
+def test_a_client_that_sends_and_never_reads_is_closed_and_costs_little(
+    full, transport, event, bytes
+):
     packets, name = [f'421["{event}",{{"room":"python"}}]'] * 100, f"never{os.urandom(4).hex()}"
     client, before = transport(full, register(full, name)), full.usage.memory_info().rss
     if transport is Wire:
@@ -1608,7 +1612,7 @@ def test_a_connection_takes_two_threads_at_most(changed):
     assert server.usage.num_threads() <= threads[1] + 40
 
 
-def test_the_silent_the_hasty_and_the_rude_leave_no_thread_and_no_descriptor(changed):
+def test_silent_hasty_and_rude_clients_leave_no_thread_and_no_descriptor(changed):
     server = changed(after=QUICK_TO_HASH + IMPATIENT)
     luis, eva, relay = sign_in(server.url, "luis"), register(server, "eva2"), Relay(server.port)
     Wire(server, eva).enter().send("1")  # starts the thread that looks for the silent
@@ -1786,7 +1790,7 @@ def test_half_a_handshake_is_refused(server, headers):
 
 
 @pytest.mark.parametrize("kind", ["fragments", "one frame", "bomb", *LENGTH_LIES])
-def test_what_strangers_pour_in_fills_no_memory(server, kind):
+def test_a_flood_from_strangers_fills_no_memory(server, kind):
     sign_in(server.url, "ana")  # hashing a password for the first time takes memory, too
     before, data = server.usage.memory_info().rss, b"f000\r\n" + b"x" * 0xF000 + b"\r\n"
     tcp = Wire(server, None, compress=True).tcp
@@ -1816,7 +1820,7 @@ def test_heads_without_an_end_fill_no_memory(server):
     assert server.usage.memory_info().rss - before < 30e6
 
 
-def test_who_joins_and_leaves_without_end_is_heard_in_measure(server):
+def test_a_client_that_joins_and_leaves_without_end_is_heard_in_measure(server):
     eva, guest = (Wire(server, register(server, name)).enter() for name in ("calm", "restless"))
     assert eva.ask("join", room="python")["ok"]
     data = '{"room":"python","last_id":9007199254740992}'  # without the history
@@ -1877,7 +1881,7 @@ def test_a_message_without_an_end_ends_its_connection_before_it_fills_memory(ser
 
 @pytest.fixture
 def siege(server, connect):
-    """A server that luis attacks; afterwards nobody else has noticed, the log tells no error."""
+    """A server that luis attacks. Afterwards, nobody else has noticed, and the log has no error."""
     ana, eva = connect(server, "ana"), connect(server, "eva", transports=["polling"])
     until(lambda: all(who_is_there(server)[name] == 1 for name in ("ana", "eva")))
     ana.call("join", {"room": "staff", "last_id": 10**15})
@@ -1967,7 +1971,7 @@ def test_a_client_that_sends_what_no_page_would_is_refused_too(siege, connect):
     assert luis.connected
 
 
-def test_what_is_no_packet_ends_at_most_the_connection_that_sent_it(siege):
+def test_an_invalid_packet_ends_at_most_the_connection_that_sent_it(siege):
     as_a_member = ["40", '420["join",{"room":"python"}]']
     for number, packet in enumerate(start + end for start in STARTS for end in ENDS):
         wire = Wire(siege, siege.attacker)
@@ -2237,7 +2241,7 @@ class People(RuleBasedStateMachine):
         return sorted(self.model.inside) * 6 + everywhere
 
     def guests(self):
-        """Who may invite and expel whom where: mostly an owner somebody who is inside."""
+        """Owner, room and guest of an invitation or expulsion: mostly a guest who is inside."""
         visits = list(product(self.lines, self.model.owners, self.sessions))
         hosted = [
             (line, room, name)
@@ -2680,7 +2684,7 @@ def talks(server):
 
 
 @pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
-def test_whoever_reads_what_the_program_prints_or_not_people_can_talk(changed, output):
+def test_people_can_talk_whether_or_not_somebody_reads_what_is_printed(changed, output):
     assert talks(changed(output))
 
 
@@ -2807,7 +2811,7 @@ def state_of(page):
 
 
 def voices(page):
-    """All who say how their connection is."""
+    """All places where the page says how its connections are."""
     return [state_of(page)] if "/room" in page.url else [lane(page, name) for name in LANES]
 
 
@@ -2910,7 +2914,7 @@ def test_a_message_is_sent_by_keyboard_alone(server, browser, path):
 
 
 @BOTH_PAGES
-def test_a_line_cut_again_and_again_loses_and_doubles_nothing(server, browser, path):
+def test_a_connection_cut_again_and_again_loses_and_doubles_nothing(server, browser, path):
     relay, texts = Relay(server.port), [f"Hello {number}" for number in range(1, 11)]
     page, luis = ready(browser(relay, "ana", path)), ready(browser(server, "luis", path))
     for number, text in enumerate(texts):
@@ -3107,7 +3111,7 @@ def test_a_message_is_known_by_its_id_not_its_text(server, browser):
         until(lambda name=name: measured(other, name) == [False, True, False])
 
 
-def test_what_others_say_enters_no_mean(server, browser):
+def test_messages_of_others_enter_no_mean(server, browser):
     page = ready(browser(server, "ana"))
     post(server, "one", "two")
     all_show(page, "luis: one", "luis: two")
@@ -3190,7 +3194,7 @@ def test_a_network_gone_for_a_while_costs_no_lane_a_message(server, browser):
     all_show(page, "luis: one", "luis: two", "luis: three", "ana: after")
 
 
-def test_what_is_sent_without_a_network_arrives_once_when_it_is_back(server, browser):
+def test_a_message_sent_without_a_network_arrives_once_when_it_is_back(server, browser):
     relay = Relay(server.port)
     page = ready(browser(relay, "ana"))
     send(page, "Hello", button="Send ten")
@@ -3458,7 +3462,7 @@ def test_a_refusal_is_shown_in_words_and_what_came_after_is_sent(server, browser
     expect(alert(page)).to_have_text("room2 belongs to luis, who has not invited you.")
 
 
-def test_who_is_told_to_slow_down_waits_and_loses_nothing(server, browser, connect):
+def test_a_page_that_is_told_to_slow_down_waits_and_loses_nothing(server, browser, connect):
     page, hasty, told = browser(server, "ana", ROOM), connect(server, "ana"), threading.Event()
 
     def hurry():
@@ -3513,7 +3517,7 @@ def test_an_invitation_echoes_the_name_as_its_user_writes_it(server, browser):
     expect(page.get_by_label("Who is invited")).to_have_value("")
 
 
-def test_who_is_expelled_is_out_at_once_and_told_so(fresh, browser):
+def test_an_expelled_guest_is_out_at_once_and_told_so(fresh, browser):
     server = fresh()
     ana, luis = browser(server, "ana", "/room?room=room1"), ready(browser(server, "luis", "/room"))
     invite(ana, "luis")
@@ -3875,7 +3879,7 @@ def test_an_invisible_message_is_refused_on_the_spot(server, browser):
     expect(alert(page)).to_contain_text("an empty message is not sent")
 
 
-def test_what_is_said_of_one_room_goes_when_another_is_shown(server, browser):
+def test_an_alert_about_one_room_goes_when_another_is_shown(server, browser):
     page = ready(browser(server, "ana", "/room?room=room1"))
     join(page)
     page.locator("#rooms .name", has_text="room1").click()
