@@ -8,7 +8,7 @@ sys.path += [str(HERE.parent), str(HERE.parent / "notebooks")]
 
 from test_app import all_show, launched, open_page, press, send, started, wait_until_said
 
-SIZE = {"width": 1280, "height": 860}
+LOOK = {"viewport": {"width": 1280, "height": 860}, "reduced_motion": "no-preference"}
 TEXTS = ["One message,", "three ways.", "Which one is here first?"]
 
 
@@ -18,19 +18,18 @@ def take(page, name):
 
 
 with started(PORT="5000") as server, launched() as chromium:
-    page = chromium.new_page(viewport=SIZE)
+    page = chromium.new_page(**LOOK)
     page.goto(f"{server.url}/login")
     take(page, "login")
 
-    page = open_page(chromium, server, "ana", viewport=SIZE)
+    page = open_page(chromium, server, "ana", **LOOK)
     send(page, *TEXTS)
     press(page, "Send ten")
     all_show(page, *(f"ana: {text}" for text in [*TEXTS, *range(1, 11)]))
     take(page, "index")
 
     ana, luis = (
-        open_page(chromium, server, name, "/room?room=python", viewport=SIZE)
-        for name in ("ana", "luis")
+        open_page(chromium, server, name, "/room?room=python", **LOOK) for name in ("ana", "luis")
     )
     send(ana, "Who can hear me now?")
     send(luis, "I can: I have joined python.", "And eva, who has not?")
