@@ -1,8 +1,8 @@
-"""Judge a chat, in any language, by what is said and heard on it.
+"""Judge a chat by what is said and heard on it.
 
     python notebooks/judge.py chat.py                        start this program, and judge it
     python notebooks/judge.py chat.py --level 2              the first two levels only
-    python notebooks/judge.py --url http://127.0.0.1:5000    a chat that is running already
+    python notebooks/judge.py --url http://127.0.0.1:5000    one that runs here, in any language
 
     level            what the judge does                                what it counts
     1 heard          three clients speak, over WebSocket and polling    lost, doubled
@@ -87,7 +87,7 @@ def answers(record, server):
     before = " ".join(log).count("Traceback (most")
     for event in "join", "chat", "leave":
         if eva.ack(event, data).get("ok") is not True:
-            yield Fault("without ok", "eva is not told ok.", [json.dumps((event, data))])
+            yield Fault("without ok", 'eva gets no {"ok": true}.', [json.dumps((event, data))])
     asked = [eva.ask(*event) for event in MALFORMED]
     record.settle([ana, luis], lambda: all(eva.answered(about) for about in asked))
     for about in asked:
@@ -104,11 +104,16 @@ def answers(record, server):
 def doors(record, server):
     """Try to get in without a log-in, from another site, as another user, into another's room."""
     ana, luis, eva = record.gather()
-    stranger, guesser = requests.Session(), record.sign_in("ana", "wrong")
-    for transport in {"transport": "websocket"}, {"transport": "polling"}:
-        yield from door(record, "without a log-in", "a stranger", stranger, transport)
-        yield from door(record, "with a wrong password", "a stranger", guesser, transport)
-        yield from door(record, "from another site", "ana", ana.session, transport | OTHER_SITE)
+    tries = [
+        ("without a log-in", "a stranger", requests.Session(), {}),
+        ("with a wrong password", "a stranger", record.sign_in("ana", "wrong"), {}),
+        ("without an account", "a stranger", record.sign_in("mallory", None), {}),
+        ("from another site", "ana", ana.session, OTHER_SITE),
+    ]
+    for how, name, session, headers in tries:
+        for transport in "websocket", "polling":
+            options = headers | {"transport": transport}
+            yield from door(record, f"{how}, by {transport}", name, session, options)
     ana.ack("join", {"room": "room1"})
     for room in "room1", ana.get_sid():
         if eva.ack("join", {"room": room}).get("ok"):
@@ -127,10 +132,10 @@ def doors(record, server):
     record.wait(lambda: not luis.open)
     record.members["python"].remove("luis")
     yield from door(record, "with the cookie from before the log-out", "luis", old, {})
-    his, hers = [record.say(one)[0] for one in (luis, ana)]
-    record.settle([ana, eva])
-    if his in ana.heard or hers in luis.heard:
-        yield Fault("ways in", "luis speaks or hears after the log-out.", [his, hers])
+    late, later = [record.say(one)[0] for one in (luis, ana)]
+    record.settle([ana, luis, eva])
+    if late in ana.heard or later in luis.heard:
+        yield Fault("ways in", "luis speaks or hears after the log-out.", [late, later])
     record.sessions.clear()
     yield from compare(record, [ana, eva])
 
@@ -168,6 +173,8 @@ def talk(client, relay):
         client = come_back(client, relay, lambda: len(record.said) > size + 16)
     for accident in ACCIDENTS * 4:
         client.deaf = accident == "the ack is lost"
+        if client.deaf:
+            record.note(client.name, "stops hearing", client.name)
         text, about = record.say(client)
         if client.deaf:
             record.wait(lambda client=client, text=text: text in client.missed)
@@ -208,7 +215,10 @@ def judge(file=None, level=len(LEVELS), url=None, events=()):
     """Judge a program, or what runs at a URL, up to a level. Print a line for each."""
     with ExitStack() as stack:
         server = stack.enter_context(start(file)) if file else None
-        port = server.port if server else urlsplit(url).port or 80
+        address = urlsplit(url or f"http://{lab.ME}:{server.port}")
+        if address.hostname not in (lab.ME, "localhost"):
+            raise LookupError(f"The chat has to run on this machine: --url http://{lab.ME}:5000")
+        port = address.port or 80
         socket.create_connection((lab.ME, port)).close()  # an error if nothing listens there
         record = Record(port, events)
         stack.callback(record.begin)

@@ -20,7 +20,8 @@ EVENTS = {"join": "join", "leave": "leave", "chat": "chat", "heard": "chat", "me
 PATIENCE = 3, 10  # seconds without news, at least and at most, before one stops waiting for more
 LIMIT = 90  # seconds for everything
 
-Moment = namedtuple("Moment", "second who what about")  # those about the same belong together
+# What happened. Moments belong together if `about` is the same: a message, an event or a name.
+Moment = namedtuple("Moment", "second who what about")
 
 
 class Client(socketio.Client):
@@ -48,7 +49,7 @@ class Client(socketio.Client):
             record.wait(lambda: self.open is not None)
 
     def in_order(self, event, *data, **options):
-        """The library handles each packet in a thread, and they overtake."""
+        """Handle packets one after another; the library uses a thread for each: they overtake."""
         farewell = data == ("1",)  # the library would wait for the connection to end
         if farewell or event == "disconnect":
             self.turn(False)
@@ -63,7 +64,8 @@ class Client(socketio.Client):
         message = message if isinstance(message, dict) else {field: message}
         text = message.get(field)
         with self.record.news:
-            if event != self.record.events["heard"] or text not in self.record.said:
+            is_chat = event == self.record.events["heard"] and isinstance(text, str)
+            if not is_chat or text not in self.record.said:
                 return  # or it was said before this level
             heard = self.missed if self.deaf else self.heard
             heard.setdefault(text, []).append(message)
@@ -134,7 +136,10 @@ class Record:
             self.news.notify_all()
 
     def wait(self, condition):
-        """Wait until it holds, or until nothing has happened for long, as things go here."""
+        """Wait until the condition holds, and return whether it does.
+
+        Give up when nothing new has happened for some seconds: more where news has been slow.
+        """
         with self.news:
             while not condition():
                 began = time.monotonic()
@@ -185,12 +190,12 @@ class Record:
         for _ in range(rounds):
             for one in people * 5:
                 self.say(one)
-            if not self.wait(lambda: self.is_done(people)):
+            if not self.wait(lambda: not self.lost(people) or self.is_answered()):
                 break
 
-    def is_done(self, people):
-        """Whether all is heard or, where something is lost, at least each event is answered."""
-        return not self.lost(people) or all(one.answered(about) for one, about in self.asked)
+    def is_answered(self):
+        """Whether each message that was said is acknowledged, or its connection has ended."""
+        return all(client.answered(about) for client, about in self.asked)
 
     def lost(self, people):
         """Who has not heard what."""
@@ -203,11 +208,17 @@ class Record:
         ]
 
     def settle(self, people, until=lambda: True):
-        """Wait until nothing more can come: each of them has heard one of three later messages."""
-        if not self.wait(lambda: until() and self.is_done(people)):
-            return
-        later = [self.say(one)[0] for one in people]
-        self.wait(lambda: all(one.heard.keys() & later or not one.open for one in people))
+        """Wait until nothing more can come.
+
+        What is acknowledged is on its way to everyone, and a connection keeps its order: a client
+        that hears what is said later has heard all that was said before.
+        """
+        if not self.wait(lambda: until() and self.is_answered()):
+            unanswered = [about for client, about in self.asked if not client.answered(about)]
+            if unanswered and any(client.acks for client in self.clients):
+                raise TimeoutError("The chat has stopped answering.", unanswered[0])
+        later = {self.say(one)[0] for one in people}
+        self.wait(lambda: all(later <= one.heard.keys() or not one.open for one in people))
         with self.news:  # they have served, whether all are heard or not
             for text in later:
                 del self.said[text]
