@@ -4296,10 +4296,12 @@ PLANTED = [
     (1, "lost", EMIT, '        if sent[key] % 100:\n            emit("chat", said, to=room)\n'),
     (2, "overheard", EMIT, '        emit("chat", said, broadcast=True)\n'),
     (2, "overheard", "require(room in rooms(),", "require(room in owners,"),
+    (2, "overheard", "require(room in rooms(),", "require(room in rooms() or not time.sleep(1),"),
     (3, "without ok", 'return {"ok": False, "error": "Send join, leave or chat."}', "return"),
     (3, "tracebacks", "        except ValueError as reason:\n", TRACEBACK),
     (4, "ways in", '"username": name, "m', '"username": data.get("username", name), "m'),
     (4, "ways in", 'disconnect(sid, "/")', "pass"),
+    (4, "ways in", "name not in passwords or passwords[name] !=", "passwords.get(name) !="),
     (5, "doubled", '["id"] > last_id', '["id"] >= last_id'),
     (5, "out of order", EMIT, SWAP),
 ]
