@@ -1192,10 +1192,10 @@ def test_a_history_longer_than_a_client_takes_in_one_poll_is_heard_whole(
     arena, connect, transports, monkeypatch
 ):
     monkeypatch.setattr(engineio.payload.Payload, "max_decode_packets", 16)  # as it comes
-    ana, luis = connect(arena, "ana"), connect(arena, "luis", transports=transports)
-    ana.call("join", {"room": "flask"})
-    said = [{"room": "flask", "message": f"{n}"} for n in range(19)]
-    last_id, *ids = [ana.call("chat", data)["id"] for data in said]
+    speaker = Wire(arena, register(arena)).enter("flask")
+    luis = connect(arena, "luis", transports=transports)
+    said = [speaker.ask("chat", room="flask", message=f"{n}") for n in range(19)]
+    last_id, *ids = [ack["id"] for ack in said]
     assert luis.call("join", {"room": "flask", "last_id": last_id})["missed"] == len(ids)
     assert [said["id"] for said in luis.chats()] == ids
 
@@ -3462,8 +3462,8 @@ def test_a_refusal_is_shown_in_words_and_what_came_after_is_sent(server, browser
     expect(alert(page)).to_have_text("room2 belongs to luis, who has not invited you.")
 
 
-def test_a_page_that_is_told_to_slow_down_waits_and_loses_nothing(server, browser, connect):
-    page, hasty, told = browser(server, "ana", ROOM), connect(server, "ana"), threading.Event()
+def test_a_page_that_is_told_to_slow_down_waits_and_loses_nothing(arena, browser, connect):
+    page, hasty, told = browser(arena, "ana", ROOM), connect(arena, "ana"), threading.Event()
 
     def hurry():
         while not told.is_set():
