@@ -1200,18 +1200,23 @@ def test_a_history_longer_than_a_client_takes_in_one_poll_is_heard_whole(
     assert [said["id"] for said in luis.chats()] == ids
 
 
-def test_everyone_hears_the_same_order_in_which_ids_rise(arena, connect):
-    ways = {"ana": ["websocket"], "luis": ["polling"], "eva": ["websocket"]}
-    talkers = [connect(arena, name, transports=transports) for name, transports in ways.items()]
+def test_everyone_hears_the_same_order_in_which_ids_rise(arena):
+    talkers = {}
+    for transport in ("websocket", "polling", "websocket"):
+        name = f"talker{os.urandom(4).hex()}"
+        talkers[name] = Client(arena.url, register(arena, name), transports=[transport])
+    everyone = talkers.values()
     for n in range(15):
-        for talker in talkers:
+        for talker in everyone:
             talker.emit("chat", {"message": f"{n}"})
-    until(lambda: all(len(talker.chats()) == 45 for talker in talkers))
-    ids = [[said["id"] for said in talker.chats()] for talker in talkers]
-    assert ids[0] == sorted(set(ids[0])) == ids[1] == ids[2]
-    for name in ways:
-        texts = [said["message"] for said in talkers[0].chats() if said["username"] == name]
+    until(lambda: all(len(talker.chats()) == 45 for talker in everyone))
+    one, *others = [talker.chats() for talker in everyone]
+    ids = [said["id"] for said in one]
+    assert others == [one, one] and ids == sorted(set(ids))
+    for name, talker in talkers.items():
+        texts = [said["message"] for said in one if said["username"] == name]
         assert texts == [f"{n}" for n in range(15)]
+        talker.disconnect()
 
 
 def test_binary_data_is_refused_like_any_other(server, connect):
