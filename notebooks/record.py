@@ -166,7 +166,8 @@ class Record:
             if not Client(self, name, session, port, transport=transport).open:
                 raise TimeoutError(f"{name} cannot connect.")
         people = self.clients[:]
-        self.join(people, "python")
+        for one in people:
+            self.join([one], "python")
         self.settle(people)
         return people
 
