@@ -4236,8 +4236,9 @@ def test_the_room_hears_leave_when_a_process_is_killed(processes):
     _, start = processes
     one, two = start(), start()
     ana = Wire(one, sign_in(one.url, "ana")).enter("python")
-    Wire(two, sign_in(two.url, "luis")).enter("python")
+    luis = Wire(two, sign_in(two.url, "luis")).enter("python")
     two.stop()
+    assert luis.ended()
     lab.attend([ana], lambda: '42["leave"' in str(ana.inbox))
     left = json.loads(ana.until('42["leave"')[-1][2:])[1]
     assert (left["username"], left["reason"]) == ("luis", "connection lost")
