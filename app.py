@@ -1105,6 +1105,9 @@ def door(environ, start_response):
                 check_connection(environ)
         except HTTPException as refusal:
             return refusal(environ, start_response)
+        # Adds Content-Length: without it, an answer that is cut off counts as a whole one.
+        answer = app.response_class.from_app(behind_the_door, environ, buffered=True)
+        return answer(environ, start_response)
     return behind_the_door(environ, start_response)
 
 

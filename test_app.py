@@ -1322,6 +1322,14 @@ def test_twenty_packets_in_one_polling_post_are_all_delivered(arena):
     assert numbers(eva.hear(20)) == list(range(1, 21))
 
 
+def test_the_answer_to_a_poll_says_its_length(server):
+    """Without it, a client takes an answer that is cut off for a whole one, and loses messages."""
+    polls = Polls(server, sign_in(server.url, "luis"))
+    polls.send('420["join",{"room":"python"}]')
+    answer = polls.session.get(polls.url, headers={"Accept-Encoding": "identity"})
+    assert answer.headers["Content-Length"] == str(len(answer.content))
+
+
 FULL_ROOMS = f"""
 app.start()
 app.state.owners |= {{"a": None, "b": None}}
