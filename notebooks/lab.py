@@ -8,9 +8,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
-from random import randrange
 from threading import Thread
 
 import psutil
@@ -37,10 +36,13 @@ def until(condition, seconds=60):
     return value
 
 
+ports = count(97 * os.getpid())  # so that programs beside this one choose others
+
+
 def free_port():
     """Return a free port; below 32768, where outgoing connections do not take it meanwhile."""
     while True:
-        port = randrange(10_000, 32_768)
+        port = 10_000 + next(ports) % 22_768
         with suppress(OSError), socket.create_server((ME, port)):
             return port
 
