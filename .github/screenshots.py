@@ -8,7 +8,7 @@ sys.path += [str(HERE.parent), str(HERE.parent / "notebooks")]
 
 from test_app import all_show, launched, open_page, press, send, started, wait_until_said
 
-LOOK = {"viewport": {"width": 1280, "height": 860}, "reduced_motion": "no-preference"}
+LOOK = {"viewport": {"width": 1280, "height": 860}}
 TEXTS = ["One message,", "three ways.", "Which one is here first?"]
 
 
