@@ -324,10 +324,7 @@ def message_field(data):
     message = text_field(data, "message").rstrip()
     message = re.sub(r"\A\s*\n", "", message)  # but keep the indentation of the first line
     shown = [c for c in message if unicodedata.category(c) not in INVISIBLE and c not in BLANKS]
-    require(
-        shown and len(message) <= 500,
-        "A message has 1 to 500 characters.",
-    )
+    require(shown and len(message) <= 500, "A message has 1 to 500 characters.")
     return message
 
 
@@ -1226,8 +1223,7 @@ def main():
         advice = "HOST must be an address of this machine, and PORT a free port: try 5001"
         sys.exit(f"Cannot listen on HOST={HOST} and PORT={PORT}: {error}. {advice}.")
     show_address()
-    with starting:
-        start()
+    start()
     log.put("Stop with Ctrl+C.")
     server = make_server(
         HOST, int(PORT), app, threaded=True, request_handler=Handler, fd=listener.fileno()

@@ -215,7 +215,7 @@ def judge(file=None, level=len(LEVELS), url=None, events=()):
     """Judge a program, or what runs at a URL, up to a level. Print a line for each."""
     with ExitStack() as stack:
         server = stack.enter_context(start(file)) if file else None
-        address = urlsplit(url or f"http://{lab.ME}:{server.port}")
+        address = urlsplit(server.url if server else url)
         if address.hostname not in (lab.ME, "localhost"):
             raise LookupError(f"The chat has to run on this machine: --url http://{lab.ME}:5000")
         port = address.port or 80

@@ -191,12 +191,12 @@ class Record:
         for _ in range(rounds):
             for one in people * 5:
                 self.say(one)
-            if not self.wait(lambda: not self.lost(people) or self.is_answered()):
+            if not self.wait(lambda: not (self.lost(people) and self.unanswered())):
                 break
 
-    def is_answered(self):
-        """Whether each message that was said is acknowledged, or its connection has ended."""
-        return all(client.answered(about) for client, about in self.asked)
+    def unanswered(self):
+        """What was said and is not acknowledged, over connections that have not ended."""
+        return [about for client, about in self.asked if not client.answered(about)]
 
     def lost(self, people):
         """Who has not heard what."""
@@ -214,10 +214,9 @@ class Record:
         What is acknowledged is on its way to everyone, and a connection keeps its order: a client
         that hears what is said later has heard all that was said before.
         """
-        if not self.wait(lambda: until() and self.is_answered()):
-            unanswered = [about for client, about in self.asked if not client.answered(about)]
-            if unanswered and any(client.acks for client in self.clients):
-                raise TimeoutError("The chat has stopped answering.", unanswered[0])
+        self.wait(lambda: until() and not self.unanswered())
+        if (waiting := self.unanswered()) and any(client.acks for client in self.clients):
+            raise TimeoutError("The chat has stopped answering.", waiting[0])
         later = {self.say(one)[0] for one in people}
         self.wait(lambda: all(later <= one.heard.keys() or not one.open for one in people))
         with self.news:  # they have served, whether all are heard or not
